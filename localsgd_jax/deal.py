@@ -1,0 +1,94 @@
+"""Data for workers: every example once per epoch, whatever the number of workers."""
+
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+
+from localsgd_jax.base import PyTree
+
+
+def deal(
+    data: PyTree, workers: int, batch: int, *, seed: int = 0, start: int = 0
+) -> Iterator[PyTree]:
+    """Deals a dataset to K workers like a deck of cards, without end.
+
+    The examples of epoch e are shuffled with the seed (seed, e), the epochs follow
+    each other in one stream, and step t hands worker k the B examples
+
+        stream[(t K + k) B : (t K + k + 1) B]
+
+    So the workers' shards of an epoch are disjoint and their union is the epoch, even
+    if K B does not divide n: a batch may end one epoch and begin the next. The
+    stream does not depend on K or B, so a run resumed with other ones, at `start`,
+    repeats no example and loses none.
+
+    Args:
+      data: pytree of arrays whose leading axis counts the same n examples.
+      workers: K.
+      batch: B, examples for each worker and step; at most n // K.
+      seed: of the shuffles.
+      start: examples that were dealt before, such as `state.step * K * B`.
+
+    Returns:
+      An iterator of batches with leaves `(K, B, ...)`.
+
+    Raises:
+      ValueError: if the leaves do not count the same examples, there are none, or a
+        number is out of range.
+
+    Example:
+      >>> import numpy as np
+      >>> batches = deal({"x": np.arange(6)}, workers=2, batch=1)
+      >>> sorted(int(i) for _ in range(3) for i in next(batches)["x"].ravel())
+      [0, 1, 2, 3, 4, 5]
+    """
+    count = _count(data)
+    for name, value, least in (
+        ("workers", workers, 1),
+        ("batch", batch, 1),
+        ("start", start, 0),
+    ):
+        if value < least:
+            raise ValueError(f"deal({name}): it must be at least {least}, got {value}")
+    if batch > count // workers:
+        raise ValueError(
+            f"deal(batch): a batch must fit into a worker's shard of {count} // "
+            f"{workers} = {count // workers} examples, got {batch}"
+        )
+    return _batches(data, count, workers, batch, seed, start)
+
+
+def _batches(
+    data: PyTree, count: int, workers: int, batch: int, seed: int, start: int
+) -> Iterator[PyTree]:
+    """Cuts the stream into batches."""
+    epoch, position = divmod(start, count)
+    hand = np.empty(0, np.int64)
+    deck = _shuffled(count, seed, epoch)[position:]
+    while True:
+        while len(deck) < workers * batch:
+            epoch += 1
+            deck = np.concatenate([deck, _shuffled(count, seed, epoch)])
+        hand, deck = np.split(deck, [workers * batch])
+        rows = hand.reshape(workers, batch)
+        yield jax.tree.map(lambda leaf, rows=rows: leaf[rows], data)
+
+
+def _shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
+    """Returns the order of one epoch."""
+    return np.random.default_rng((seed, epoch)).permutation(count)
+
+
+def _count(data: PyTree) -> int:
+    """Returns the number of examples."""
+    counts = {
+        jax.tree_util.keystr(path) or "the root": np.shape(leaf)[:1]
+        for path, leaf in jax.tree.leaves_with_path(data)
+    }
+    if len(set(counts.values())) != 1 or set(counts.values()) & {(), (0,)}:
+        raise ValueError(
+            "deal(data): every leaf must hold the same number of examples along its "
+            f"leading axis, and at least one, got {counts}"
+        )
+    return next(iter(counts.values()))[0]

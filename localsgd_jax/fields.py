@@ -1,0 +1,42 @@
+"""Named fields of a train state: a NamedTuple, a dataclass or a dict."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+
+from localsgd_jax.base import PyTree
+
+
+def read(state: PyTree, names: Iterable[str]) -> dict[str, PyTree]:
+    """Returns the named fields; names the one that is missing."""
+    known = _names(state)
+    for name in names:
+        if name not in known:
+            raise ValueError(
+                f"rule for the field {name!r}: the train state has no such field; "
+                f"it has {known}"
+            )
+    get = state.__getitem__ if isinstance(state, Mapping) else state.__getattribute__
+    return {name: get(name) for name in names}
+
+
+def write(state: PyTree, values: Mapping[str, PyTree]) -> PyTree:
+    """Returns the state with some fields replaced."""
+    if isinstance(state, Mapping):
+        return type(state)({**state, **values})
+    if dataclasses.is_dataclass(state):
+        return dataclasses.replace(state, **values)
+    return state._replace(**values)
+
+
+def _names(state: PyTree) -> list[str]:
+    """Returns the names of all fields."""
+    if isinstance(state, Mapping):
+        return list(state)
+    if dataclasses.is_dataclass(state):
+        return [field.name for field in dataclasses.fields(state)]
+    if hasattr(state, "_fields"):
+        return list(state._fields)
+    raise TypeError(
+        "from_train_step(train_step): the train state must be a NamedTuple, a "
+        f"dataclass or a dict, got {type(state).__name__}"
+    )

@@ -1,0 +1,142 @@
+"""The history of a run: a row for each round."""
+
+import contextlib
+import importlib.util
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+
+import jax
+import numpy as np
+
+from localsgd_jax.base import Cluster, State
+from localsgd_jax.placement import consensus
+
+History = dict[str, np.ndarray]
+
+
+class NonFiniteLossError(FloatingPointError):
+    """The loss is no longer a number.
+
+    Attributes:
+      step: the first local update whose loss was not finite.
+      workers: the workers concerned.
+      history: all rounds before.
+      state: the state after the last dispatched step.
+    """
+
+    def __init__(
+        self, step: int, workers: list[int], history: History, state: State
+    ) -> None:
+        """Names the step and the workers."""
+        super().__init__(
+            f"train(): the loss is not finite at step {step} for the workers {workers}"
+        )
+        self.step, self.workers = step, workers
+        self.history, self.state = history, state
+
+
+class Journal:
+    """The history: a row for each round, made from the metrics of its steps."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        state: State,
+        evaluate: Callable | None,
+        record: Callable | None,
+    ) -> None:
+        """Starts at the counters of the state."""
+        self.shapes = jax.eval_shape(lambda state: state, state)
+        self.sent, self.range = cluster.sent, cluster.sent(self.shapes, None)
+        self.evaluate, self.record, self.bar = evaluate, record, None
+        self.step, self.round, self.bytes = int(state.step), int(state.round), 0
+        self.began, self.rows, self.recorded = time.perf_counter(), [], 0
+        self.unfinished = []
+
+    def read(self, computed: tuple | None, state: State) -> None:
+        """Waits for the metrics of a dispatch and ends the rounds in it."""
+        if computed is None:
+            return
+        due, metrics = computed
+        metrics = {name: np.asarray(values) for name, values in metrics.items()}
+        self._check_finite(metrics.get("loss"), state)
+        for i, end in enumerate(due):
+            self.unfinished.append({name: x[i].mean() for name, x in metrics.items()})
+            self.step += 1
+            if end:
+                self.end_round()
+        if self.bar is not None:
+            self.bar.update(len(due))
+
+    def end_round(self) -> None:
+        """Adds the row of a round."""
+        self._write()
+        self.round += 1
+        least, most = self.range
+        self.bytes += most if least == most else self.sent(self.shapes, self.round)[1]
+        steps, self.unfinished = self.unfinished, []
+        row = {"step": self.step, "round": self.round, "bytes": self.bytes}
+        row["seconds"] = time.perf_counter() - self.began
+        row |= {
+            name: float(np.mean([step[name] for step in steps])) for name in steps[0]
+        }
+        self.rows.append(row)
+        if self.bar is not None:
+            shown = {"loss": row["loss"]} if "loss" in row else {}
+            self.bar.set_postfix(shown | {"round": self.round, "MB": self.bytes / 1e6})
+
+    def look(self, state: State) -> None:
+        """Evaluates the consensus at the end of the last round, once."""
+        if self.evaluate and len(self.rows) > self.recorded:
+            values = self.evaluate(consensus(state))
+            values = values if isinstance(values, Mapping) else {"evaluation": values}
+            self.rows[-1] |= {name: float(value) for name, value in values.items()}
+        self._write()
+
+    def history(self) -> History:
+        """Returns the rows as columns."""
+        names = dict.fromkeys(name for row in self.rows for name in row)
+        return {
+            name: np.array([row.get(name, math.nan) for row in self.rows])
+            for name in names
+        }
+
+    def _write(self) -> None:
+        """Hands on the rows that nothing can be added to any more."""
+        if self.record:
+            for row in self.rows[self.recorded :]:
+                self.record(row)
+        self.recorded = len(self.rows)
+
+    def _check_finite(self, loss: np.ndarray | None, state: State) -> None:
+        """Stops at the first step whose loss is not finite."""
+        if loss is None or np.isfinite(loss).all():
+            return
+        bad = ~np.isfinite(loss)
+        row = int(bad.any(axis=1).argmax())
+        self._write()
+        raise NonFiniteLossError(
+            self.step + row + 1,
+            np.flatnonzero(bad[row]).tolist(),
+            self.history(),
+            state,
+        )
+
+
+@contextlib.contextmanager
+def open_bar(progress: bool | None, steps: int | None, batches: Iterable) -> Iterator:
+    """Opens a progress bar, or gives None."""
+    if progress is None:
+        progress = importlib.util.find_spec("tqdm") is not None
+    if not progress:
+        yield None
+        return
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        raise ImportError("train(progress=True) needs tqdm: pip install tqdm") from None
+    known = len(batches) if isinstance(batches, Sized) else None
+    total = min((n for n in (steps, known) if n is not None), default=None)
+    with tqdm(total=total, unit="step") as bar:
+        yield bar

@@ -1,0 +1,413 @@
+"""Where workers live: the only file that names vmap, shard_map or a mesh."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from localsgd_jax import fields, ledger
+from localsgd_jax.base import Algorithm, Cluster, Context, PyTree, RuleState, State
+
+LANE = "lane"
+
+
+def simulate(
+    algorithm: Algorithm,
+    workers: int | Sequence[int],
+    *,
+    axis: str | Sequence[str] = "worker",
+    lanes: str = "vmap",
+) -> Cluster:
+    """Puts all workers on one device.
+
+    Gives the numbers that `on_mesh` gives, without a mesh: for experiments with many
+    small workers, and for tests.
+
+    Args:
+      algorithm: what one worker does.
+      workers: K; for several worker axes the size of each.
+      axis: name of the worker axis, or several names, outermost first.
+      lanes: how the local steps of the workers run: "vmap", batched together, or
+        "map", one after another, which suits convolutions on CPUs.
+
+    Returns:
+      A cluster.
+
+    Raises:
+      ValueError: if a size is below 1, or sizes and names do not match.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> import localsgd_jax as lsgd
+      >>> algorithm = lsgd.local_sgd(lambda w, b: (w - b) ** 2, optax.sgd(0.1),
+      ...                            rule=lsgd.average())
+      >>> cluster = lsgd.simulate(algorithm, workers=1024)
+      >>> cluster.init(jnp.zeros(())).workers.params.shape
+      (1024,)
+    """
+    names, sizes = _as_tuple(axis), _as_tuple(workers)
+    if len(names) != len(sizes):
+        raise ValueError(
+            f"simulate(workers, axis): one size for each axis is needed, got "
+            f"{workers!r} for {axis!r}"
+        )
+    for size in sizes:
+        _check_count("simulate(workers)", size)
+    axes = dict(zip(names, sizes, strict=True))
+    return _cluster(
+        algorithm,
+        axes,
+        step=_each(algorithm.step, lanes),
+        sync=_together(algorithm.sync, axes, {name: (name,) for name in names}),
+        mesh=None,
+    )
+
+
+def on_mesh(
+    algorithm: Algorithm,
+    mesh: Mesh,
+    workers: int | None = None,
+    *,
+    axis: str | Sequence[str] = "worker",
+    lanes: str = "vmap",
+) -> Cluster:
+    """Spreads workers over the devices of a mesh.
+
+    Mesh axes that are not worker axes stay automatic: parameters that enter `init`
+    sharded over them stay so in every worker, and a synchronisation moves only each
+    device's own piece.
+
+    Args:
+      algorithm: what one worker does.
+      mesh: any mesh; its axes are used as automatic ones.
+      workers: K, a multiple of the number of places that the worker axes have; that
+        number itself if None. Workers that share a place are its lanes.
+      axis: mesh axis over which the workers spread, or several, outermost first.
+        Lanes belong to the last.
+      lanes: how the local steps of a place's workers run: "vmap", batched together,
+        or "map", one after another, which suits convolutions on CPUs.
+
+    Returns:
+      A cluster.
+
+    Raises:
+      ValueError: if the mesh lacks an axis or K is no multiple of the places.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> import localsgd_jax as lsgd
+      >>> algorithm = lsgd.local_sgd(lambda w, b: (w - b) ** 2, optax.sgd(0.1),
+      ...                            rule=lsgd.average())
+      >>> mesh = jax.make_mesh((jax.device_count(),), ("worker",))
+      >>> cluster = lsgd.on_mesh(algorithm, mesh, workers=2 * jax.device_count())
+    """
+    names = _as_tuple(axis)
+    for name in names:
+        if name not in mesh.shape:
+            raise ValueError(
+                f"on_mesh(mesh, axis={axis!r}): the mesh has the axes "
+                f"{mesh.axis_names}, and no {name!r}"
+            )
+    places = math.prod(mesh.shape[name] for name in names)
+    workers = places if workers is None else workers
+    _check_count("on_mesh(workers)", workers)
+    if workers % places:
+        raise ValueError(
+            f"on_mesh(workers): workers must be a multiple of the {places} places on "
+            f"the mesh axes {names}, got {workers}"
+        )
+    # Explicit axes, which make_mesh now gives by default, refuse batches that are
+    # not placed yet and user code that mixes shardings.
+    mesh = Mesh(
+        mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * mesh.devices.ndim
+    )
+    per_place = {LANE: workers // places}
+    axes = {name: mesh.shape[name] for name in names}
+    axes[names[-1]] *= workers // places
+    carriers = {name: (name,) for name in names} | {names[-1]: (names[-1], LANE)}
+    return _cluster(
+        algorithm,
+        axes,
+        step=_each(algorithm.step, lanes),
+        sync=_together(algorithm.sync, per_place, carriers),
+        mesh=mesh,
+    )
+
+
+def consensus(state: State, field: str = "params") -> PyTree:
+    """Returns the averaged model.
+
+        x̄ = (1/K) Σₖ xₖ
+
+    The mean is accumulated in float32 at least; what has no mean (integers, keys) is
+    taken from worker 0.
+
+    Args:
+      state: state of a cluster, synchronised or not.
+      field: the field of the train state that holds the model.
+
+    Returns:
+      The model, without worker axis.
+
+    Raises:
+      ValueError: if the train state has no such field.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> import localsgd_jax as lsgd
+      >>> algorithm = lsgd.local_sgd(lambda w, b: (w - b) ** 2, optax.sgd(0.5),
+      ...                            rule=lsgd.average())
+      >>> cluster = lsgd.simulate(algorithm, workers=2)
+      >>> state, _ = cluster.step(cluster.init(jnp.zeros(())), jnp.array([1.0, 3.0]))
+      >>> consensus(state)
+      Array(2., dtype=float32)
+    """
+    return _mean_of_workers(fields.read(state.workers, [field])[field])
+
+
+@jax.jit
+def _mean_of_workers(tree: PyTree) -> PyTree:
+    """Averages over the leading axis."""
+
+    def mean(x: jax.Array) -> jax.Array:
+        if not jnp.issubdtype(x.dtype, jnp.inexact):
+            return x[0]
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        return jnp.mean(x, axis=0, dtype=wide).astype(x.dtype)
+
+    return jax.tree.map(mean, tree)
+
+
+def _cluster(
+    algorithm: Algorithm,
+    axes: Mapping[str, int],
+    *,
+    step: Callable,
+    sync: Callable,
+    mesh: Mesh | None,
+) -> Cluster:
+    """Makes the verbs of K workers from those of the workers at one place."""
+    count = math.prod(axes.values())
+    split, same = (P(tuple(axes)), P())
+    if mesh is not None:
+        # Every value in here is a worker's own copy or reduced by the rule itself, so
+        # varying-axes checks have nothing to add; with them a worker's gradient of
+        # anything replicated would be summed over workers, and cond around a pmean
+        # would not type-check.
+        spread = partial(
+            jax.shard_map, mesh=mesh, axis_names=set(axes), check_vma=False
+        )
+        step = spread(step, in_specs=(split, split), out_specs=(split, split))
+        sync = spread(
+            sync,
+            in_specs=(split, split, same, same, split),
+            out_specs=(split, split, same),
+        )
+
+    @jax.jit
+    def cluster_step(state: State, batch: PyTree) -> tuple[State, PyTree]:
+        _check_leading("step(state, batch)", batch, count)
+        workers, metrics = step(state.workers, batch)
+        return state._replace(step=state.step + 1, workers=workers), metrics
+
+    @jax.jit
+    def communicate(state: State, weight: jax.Array | None) -> State:
+        turn = state.round + 1
+        workers, own, agreed = sync(
+            state.workers, state.own, state.agreed, turn, weight
+        )
+        return State(state.step, turn, workers, own, agreed)
+
+    def cluster_sync(state: State, weight: jax.Array | None = None) -> State:
+        return communicate(state, _check_weight(weight, count))
+
+    def sent(state: State, turn: int | None = None) -> tuple[int, int]:
+        shapes = jax.eval_shape(lambda state: state, state)
+        worker, own = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype),
+            (shapes.workers, shapes.own),
+        )
+        names = {name: (name,) for name in axes}
+
+        def talk(worker, own, agreed, traced_turn):
+            context = Context(names, traced_turn if turn is None else turn)
+            return algorithm.sync(worker, RuleState(agreed, own), context)
+
+        return ledger.sent_bytes(talk, axes, worker, own, shapes.agreed, shapes.round)
+
+    return Cluster(
+        partial(_init, algorithm, count, mesh, tuple(axes)),
+        cluster_step,
+        cluster_sync,
+        count,
+        partial(_put, count, mesh, tuple(axes)),
+        sent,
+    )
+
+
+def _each(step: Callable, lanes: str) -> Callable:
+    """Runs one worker's step for all workers at a place: leaves (R, ...)."""
+    if lanes == "vmap":
+        return jax.vmap(step)
+    if lanes == "map":
+        return lambda workers, batch: jax.lax.map(
+            lambda pair: step(*pair), (workers, batch)
+        )
+    raise ValueError(f'lanes: it must be "vmap" or "map", got {lanes!r}')
+
+
+def _together(
+    sync: Callable, sizes: Mapping[str, int], carriers: Mapping[str, tuple[str, ...]]
+) -> Callable:
+    """Runs one worker's sync for all workers at a place, under the axes named."""
+
+    def one(worker, own, agreed, turn, weight):
+        worker, state = sync(
+            worker, RuleState(agreed, own), Context(carriers, turn, weight)
+        )
+        return worker, state.own, state.agreed
+
+    for name in reversed(sizes):
+        # out_axes=None also proves that what is agreed does not depend on a worker.
+        one = jax.vmap(
+            one,
+            in_axes=(0, 0, None, None, 0),
+            out_axes=(0, 0, None),
+            axis_name=name,
+            axis_size=sizes[name],
+        )
+    grid = tuple(sizes.values())
+
+    def together(workers, own, agreed, turn, weight):
+        split = partial(jax.tree.map, lambda x: x.reshape(*grid, *x.shape[1:]))
+        join = partial(jax.tree.map, lambda x: x.reshape(-1, *x.shape[len(grid) :]))
+        workers, own, agreed = one(
+            split(workers), split(own), agreed, turn, split(weight)
+        )
+        return join(workers), join(own), agreed
+
+    return together
+
+
+def _init(
+    algorithm: Algorithm,
+    count: int,
+    mesh: Mesh | None,
+    names: tuple[str, ...],
+    params: PyTree,
+) -> State:
+    """Gives every worker a copy of its own."""
+    worker, rule_state = algorithm.init(params)
+    one = State(np.int32(0), np.int32(0), worker, rule_state.own, rule_state.agreed)
+
+    def many(one: State) -> State:
+        # Copies, since a buffer that stands in two places cannot be donated.
+        copied = jax.tree.map(lambda x: _strong(jnp.copy(x)), one)
+        spread = partial(jax.tree.map, partial(_spread, count))
+        return copied._replace(workers=spread(copied.workers), own=spread(copied.own))
+
+    if mesh is None:
+        return jax.jit(many)(one)
+    same = partial(_within, mesh, ())
+    split = partial(_within, mesh, (names,))
+    shardings = jax.tree.map(same, one)._replace(
+        workers=jax.tree.map(split, one.workers), own=jax.tree.map(split, one.own)
+    )
+    return jax.jit(many, out_shardings=shardings)(_onto(mesh, one))
+
+
+def _spread(count: int, x: jax.Array) -> jax.Array:
+    """Repeats a leaf for K workers; a PRNG key becomes another key for each."""
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        keys = x.reshape(-1)
+        fold = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (None, 0))
+        return fold(keys, jnp.arange(count)).reshape(count, *x.shape)
+    return jnp.broadcast_to(x, (count, *x.shape))
+
+
+def _strong(x: jax.Array) -> jax.Array:
+    """Drops the weak type of a leaf that came from a Python number."""
+    return x.astype(x.dtype) if x.weak_type else x
+
+
+def _inner_spec(mesh: Mesh, x: jax.Array) -> tuple:
+    """Returns how a leaf is sharded over the axes within a worker."""
+    sharding = getattr(x, "sharding", None)
+    if isinstance(sharding, NamedSharding) and set(sharding.mesh.axis_names) <= set(
+        mesh.axis_names
+    ):
+        return tuple(sharding.spec)
+    return ()
+
+
+def _within(mesh: Mesh, lead: tuple, x: jax.Array) -> NamedSharding:
+    """Returns the sharding of a leaf that gets leading axes sharded as `lead`."""
+    return NamedSharding(mesh, P(*lead, *_inner_spec(mesh, x)))
+
+
+def _onto(mesh: Mesh, tree: PyTree) -> PyTree:
+    """Moves leaves to the devices of the mesh; those within it keep their shards."""
+    return jax.tree.map(lambda x: jax.device_put(x, _within(mesh, (), x)), tree)
+
+
+def _put(
+    count: int,
+    mesh: Mesh | None,
+    names: tuple[str, ...],
+    batch: PyTree,
+    time: bool = False,
+) -> PyTree:
+    """Sends a host batch to the workers' devices."""
+    _check_leading("put(batch)", batch, count, int(time))
+    if mesh is None:
+        return jax.device_put(batch)
+    spec = P(None, names) if time else P(names)
+    return jax.device_put(batch, NamedSharding(mesh, spec))
+
+
+def _check_leading(call: str, batch: PyTree, count: int, position: int = 0) -> None:
+    """Refuses a batch whose worker axis does not have length K."""
+    for path, leaf in jax.tree.leaves_with_path(batch):
+        shape = jnp.shape(leaf)
+        if shape[position : position + 1] != (count,):
+            where = ("leading axis", "second axis")[position]
+            raise ValueError(
+                f"{call}: the {where} of every leaf must be the {count} workers, got "
+                f"shape {shape} at {jax.tree_util.keystr(path) or 'the root'}"
+            )
+
+
+def _check_weight(weight: jax.Array | None, count: int) -> jax.Array | None:
+    """Refuses weights of another shape and, where they are known, impossible ones."""
+    if weight is None:
+        return None
+    if jnp.shape(weight) != (count,):
+        raise ValueError(
+            f"sync(state, weight): weight must have shape ({count},), one for each "
+            f"worker, got {jnp.shape(weight)}"
+        )
+    if not isinstance(weight, jax.core.Tracer):
+        values = np.asarray(weight)
+        bad = ~(np.isfinite(values) & (values >= 0))
+        if bad.any():
+            raise ValueError(
+                "sync(state, weight): weights must be finite and not negative, got "
+                f"{values[bad][0]} for worker {int(bad.argmax())}"
+            )
+    return jnp.asarray(weight, jnp.result_type(float))
+
+
+def _check_count(call: str, count: int) -> None:
+    """Refuses fewer than one worker."""
+    if isinstance(count, bool) or not isinstance(count, int | np.integer) or count < 1:
+        raise ValueError(f"{call}: it must be an int of at least 1, got {count!r}")
+
+
+def _as_tuple(value: str | int | Sequence) -> tuple:
+    """Wraps a single name or size."""
+    return (value,) if isinstance(value, str | int | np.integer) else tuple(value)

@@ -1,0 +1,224 @@
+"""The host loop: feeds rounds to the devices, watches the loss, keeps a history."""
+
+import itertools
+import math
+import numbers
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from localsgd_jax import rounds, schedules
+from localsgd_jax.base import Cluster, PyTree, State
+from localsgd_jax.feed import Queue
+from localsgd_jax.journal import History, Journal, open_bar
+
+
+def train(
+    cluster: Cluster,
+    state: State,
+    batches: Iterable[PyTree],
+    *,
+    every: int | Callable,
+    steps: int | None = None,
+    weight: jax.Array | None = None,
+    evaluate: Callable | None = None,
+    evaluate_every: int = 1,
+    record: Callable | None = None,
+    progress: bool | None = None,
+    chunk: int = 64,
+) -> tuple[State, History]:
+    """Trains until the batches or the steps end, and synchronises at the end.
+
+    Rounds of equal length run fused, several in one dispatch; where the schedule is
+    irregular the steps are gated. While the devices compute, the host loads, stacks
+    and transfers the next batches; at most two dispatches are under way. A last
+    incomplete round is trained and synchronised. The state given is donated: use the
+    one returned.
+
+    Args:
+      cluster: where the workers live.
+      state: from `cluster.init`, or from an earlier run.
+      batches: any iterable of batches, leaves `(K, B, ...)`, such as `deal(...)`.
+      every: a period or a schedule, called with the number of local updates.
+      steps: local steps to do at most; None for all batches.
+      weight: `(K,)` shares in every mean.
+      evaluate: from the consensus model to a number or a dict of numbers.
+      evaluate_every: rounds from one evaluation to the next; the last round is always
+        evaluated.
+      record: called with each row of the history, a dict, as soon as it is known.
+      progress: whether to show a progress bar; None: if tqdm is installed.
+      chunk: most local steps in one dispatch.
+
+    Returns:
+      The state and the history: NumPy columns with an entry for each round. "step" and
+      "round" at its end; "seconds" since the start; "bytes" sent so far by each worker
+      (what it would send with a link of its own); the mean over the round of every
+      metric that is one number for each worker, such as "loss"; and what `evaluate`
+      gave, NaN for rounds that were not evaluated.
+
+    Raises:
+      NonFiniteLossError: when the metric "loss" of a worker is NaN or infinite; it
+        carries the history so far.
+      ValueError: if an argument is out of range or a batch does not have K shares.
+      TypeError: if batches differ in structure, or `every` is no schedule.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> import localsgd_jax as lsgd
+      >>> algorithm = lsgd.local_sgd(lambda w, b: (w - b) ** 2, optax.sgd(0.5),
+      ...                            rule=lsgd.average())
+      >>> cluster = lsgd.simulate(algorithm, workers=2)
+      >>> state = cluster.init(jnp.zeros(()))
+      >>> batches = [jnp.array([1.0, 3.0])] * 5
+      >>> state, history = train(cluster, state, batches, every=2, progress=False)
+      >>> history["step"], history["bytes"]
+      (array([2, 4, 5]), array([ 4,  8, 12]))
+    """
+    schedule = schedules.every(every) if isinstance(every, numbers.Integral) else every
+    _check_arguments(schedule, steps, evaluate_every, chunk)
+    run = _dispatcher(cluster, weight)
+    journal = Journal(cluster, state, evaluate, record)
+    queue = Queue(itertools.islice(batches, steps), cluster.put, chunk)
+    start, computing = int(state.step), None
+    until_look = evaluate_every if evaluate else math.inf
+    with open_bar(progress, steps, batches) as journal.bar:
+        while limit := queue.ready():
+            limit = _steps_to_look(schedule, start, limit, until_look)
+            segment = plan(schedule, start, limit, chunk)
+            due = [bool(schedule(start + i + 1)) for i in range(segment.steps)]
+            state, metrics = run(segment, state, queue.pop(segment.steps), due)
+            # One dispatch computes while the host reads the metrics of the one before
+            # and loads the next: never more than two are queued.
+            journal.read(computing, state)
+            start, until_look = start + segment.steps, until_look - sum(due)
+            computing = due, metrics
+            if not until_look:
+                journal.read(computing, state)
+                journal.look(state)
+                until_look, computing = evaluate_every, None
+        journal.read(computing, state)
+        if journal.unfinished:
+            state = jax.jit(cluster.sync, donate_argnums=0)(state, weight)
+            journal.end_round()
+        journal.look(state)
+    return state, journal.history()
+
+
+class Segment(NamedTuple):
+    """Local steps that go to the devices in one dispatch.
+
+    Attributes:
+      steps: how many.
+      period: they are whole rounds of this length; None: gated, step by step.
+    """
+
+    steps: int
+    period: int | None
+
+
+def plan(schedule: Callable, start: int, limit: int, chunk: int) -> Segment:
+    """Chooses the next dispatch so that few different programs are compiled.
+
+    Where the schedule is regular: as many whole rounds as fit into a chunk, or one.
+    Elsewhere: a chunk of gated steps, or one.
+
+    Args:
+      schedule: when workers agree.
+      start: local updates done.
+      limit: steps that may be taken before the host must look.
+      chunk: most steps in one dispatch.
+
+    Returns:
+      A segment of at most `limit` steps.
+
+    Example:
+      >>> from localsgd_jax import schedules
+      >>> plan(schedules.every(4), 8, limit=64, chunk=10)
+      Segment(steps=8, period=4)
+      >>> plan(schedules.at([3, 5]), 0, limit=64, chunk=10)
+      Segment(steps=10, period=None)
+    """
+
+    def regular(steps: int) -> bool:
+        return all(
+            bool(schedule(start + i)) == (i % period == 0) for i in range(1, steps + 1)
+        )
+
+    most = min(limit, chunk)
+    period = next((i for i in range(1, most + 1) if schedule(start + i)), None)
+    if period and regular(2 * period):
+        many = chunk // period * period
+        return Segment(many if many <= limit and regular(many) else period, period)
+    return Segment(chunk if chunk <= limit else 1, None)
+
+
+def _dispatcher(cluster: Cluster, weight: jax.Array | None) -> Callable:
+    """Makes the function that sends a segment to the devices."""
+    one_round = rounds.fused(cluster)
+
+    @partial(jax.jit, donate_argnums=0, static_argnames="period")
+    def fused(state: State, batches: PyTree, period: int) -> tuple[State, PyTree]:
+        nested = jax.tree.map(lambda x: x.reshape(-1, period, *x.shape[1:]), batches)
+        state, metrics = jax.lax.scan(
+            lambda state, batches: one_round(state, batches, weight), state, nested
+        )
+        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), metrics)
+        return state, _by_name(flat)
+
+    @partial(jax.jit, donate_argnums=0)
+    def gated(state: State, batches: PyTree, due: jax.Array) -> tuple[State, PyTree]:
+        def step(state: State, turn: tuple) -> tuple[State, PyTree]:
+            batch, now = turn
+            state, metrics = cluster.step(state, batch)
+            return rounds.sync_if(cluster, now, state, weight), metrics
+
+        state, metrics = jax.lax.scan(step, state, (batches, due))
+        return state, _by_name(metrics)
+
+    def run(
+        segment: Segment, state: State, batches: PyTree, due: list[bool]
+    ) -> tuple[State, PyTree]:
+        if segment.period:
+            return fused(state, batches, period=segment.period)
+        return gated(state, batches, np.array(due))
+
+    return run
+
+
+def _by_name(metrics: PyTree) -> dict[str, jax.Array]:
+    """Returns the metrics that are one number per worker: (H, K) by name."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator=".") or "loss": leaf
+        for path, leaf in jax.tree.leaves_with_path(metrics)
+        if leaf.ndim == 2
+    }
+
+
+def _steps_to_look(
+    schedule: Callable, start: int, limit: int, until_look: float
+) -> int:
+    """Returns the steps until so many rounds have ended, at most `limit`."""
+    ended = 0
+    for steps in range(1, limit + 1):
+        ended += bool(schedule(start + steps))
+        if ended == until_look:
+            return steps
+    return limit
+
+
+def _check_arguments(
+    schedule: Callable, steps: int | None, evaluate_every: int, chunk: int
+) -> None:
+    """Refuses numbers out of range and what is no schedule."""
+    if not callable(schedule):
+        raise TypeError(f"train(every): a period or a schedule, got {schedule!r}")
+    for name, value in (
+        ("steps", steps),
+        ("evaluate_every", evaluate_every),
+        ("chunk", chunk),
+    ):
+        if value is not None and value < 1:
+            raise ValueError(f"train({name}): it must be at least 1, got {value}")

@@ -226,28 +226,35 @@ def _cluster(
     def cluster_sync(state: State, weight: jax.Array | None = None) -> State:
         return communicate(state, _check_weight(weight, count))
 
-    def sent(state: State, turn: int | None = None) -> tuple[int, int]:
-        shapes = jax.eval_shape(lambda state: state, state)
-        worker, own = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype),
-            (shapes.workers, shapes.own),
-        )
-        names = {name: (name,) for name in axes}
-
-        def talk(worker, own, agreed, traced_turn):
-            context = Context(names, traced_turn if turn is None else turn)
-            return algorithm.sync(worker, RuleState(agreed, own), context)
-
-        return ledger.sent_bytes(talk, axes, worker, own, shapes.agreed, shapes.round)
-
     return Cluster(
         partial(_init, algorithm, count, mesh, tuple(axes)),
         cluster_step,
         cluster_sync,
         count,
         partial(_put, count, mesh, tuple(axes)),
-        sent,
+        partial(_sent, algorithm, axes),
     )
+
+
+def _sent(
+    algorithm: Algorithm,
+    axes: Mapping[str, int],
+    state: State,
+    turn: int | None = None,
+) -> tuple[int, int]:
+    """Counts what one worker sends in a round, as if it had a device of its own."""
+    shapes = jax.eval_shape(lambda state: state, state)
+    worker, own = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype),
+        (shapes.workers, shapes.own),
+    )
+    carriers = {name: (name,) for name in axes}
+
+    def talk(worker, own, agreed, traced_turn):
+        context = Context(carriers, traced_turn if turn is None else turn)
+        return algorithm.sync(worker, RuleState(agreed, own), context)
+
+    return ledger.sent_bytes(talk, axes, worker, own, shapes.agreed, shapes.round)
 
 
 def _each(step: Callable, lanes: str) -> Callable:
@@ -386,19 +393,18 @@ def _check_weight(weight: jax.Array | None, count: int) -> jax.Array | None:
     """Refuses weights of another shape and, where they are known, impossible ones."""
     if weight is None:
         return None
-    if jnp.shape(weight) != (count,):
+    known = not isinstance(weight, jax.core.Tracer)
+    values = np.asarray(weight) if known else weight
+    if values.shape != (count,):
         raise ValueError(
             f"sync(state, weight): weight must have shape ({count},), one for each "
-            f"worker, got {jnp.shape(weight)}"
+            f"worker, got {values.shape}"
         )
-    if not isinstance(weight, jax.core.Tracer):
-        values = np.asarray(weight)
-        bad = ~(np.isfinite(values) & (values >= 0))
-        if bad.any():
-            raise ValueError(
-                "sync(state, weight): weights must be finite and not negative, got "
-                f"{values[bad][0]} for worker {int(bad.argmax())}"
-            )
+    if known and (bad := ~(np.isfinite(values) & (values >= 0))).any():
+        raise ValueError(
+            "sync(state, weight): weights must be finite and not negative, got "
+            f"{values[bad][0]} for worker {int(bad.argmax())}"
+        )
     return jnp.asarray(weight, jnp.result_type(float))
 
 
@@ -410,4 +416,4 @@ def _check_count(call: str, count: int) -> None:
 
 def _as_tuple(value: str | int | Sequence) -> tuple:
     """Wraps a single name or size."""
-    return (value,) if isinstance(value, str | int | np.integer) else tuple(value)
+    return tuple(value) if isinstance(value, list | tuple) else (value,)

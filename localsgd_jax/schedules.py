@@ -53,7 +53,7 @@ class Schedule:
 
 
 def every(h: int) -> Schedule:
-    """Synchronises after local updates h, 2h, 3h, …
+    """Synchronises after local updates h, 2h, 3h and so on.
 
         I = {t : t mod h = 0}
 

@@ -1,0 +1,135 @@
+"""Where workers live: meshes of all kinds, and what is refused."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import algorithm, batches, cluster, mesh, network
+from jax.sharding import AxisType, Mesh
+
+import localsgd_jax as lsgd
+
+MADE = algorithm(lsgd.average())
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_meshes_with_axes_of_either_type(kind):
+    devices = jax.make_mesh((8,), ("worker",), axis_types=(kind,))
+    verbs = lsgd.on_mesh(MADE, devices)
+    state, metrics = verbs.step(verbs.init(network()), batches(1)[0])
+    assert metrics["loss"].shape == (8,)
+    assert verbs.sync(state).workers.params["out"].shape == (8, 4)
+
+
+def test_one_copy_per_worker_and_counters_outside():
+    state = cluster("lanes", "anchored").init(network())
+    leaf = state.workers.params["out"]
+    assert leaf.shape == (8, 4) and leaf.sharding.shard_shape(leaf.shape) == (2, 4)
+    own = state.own["params"]["out"]
+    assert own.shape == (8, 4) and own.sharding.shard_shape(own.shape) == (2, 4)
+    anchor = state.agreed["params"][0]["out"]
+    assert anchor.shape == (4,) and anchor.sharding.is_fully_replicated
+    for counter in (state.step, state.round):
+        assert counter.shape == () and counter.dtype == jnp.int32
+
+
+def test_what_is_agreed_cannot_be_a_workers_own():
+    """A rule that keeps a worker's own value as agreed is found out when traced."""
+    rule = lsgd.SyncRule(
+        lambda tree: lsgd.RuleState(agreed=tree),
+        lambda tree, state, context: (tree, lsgd.RuleState(agreed=tree)),
+    )
+    verbs = lsgd.simulate(algorithm(rule), 8)
+    state, _ = verbs.step(verbs.init(network()), batches(1)[0])
+    with pytest.raises(ValueError, match="out_axes"):
+        verbs.sync(state)
+
+
+def test_put_places_batches_where_the_workers_are():
+    verbs = cluster("lanes", "average")
+    inputs, _ = verbs.put(batches(1)[0])
+    assert inputs.sharding.shard_shape(inputs.shape) == (2, 2, 3)
+    stacked = verbs.put(np.zeros((5, 8, 2)), time=True)
+    assert stacked.sharding.shard_shape(stacked.shape) == (5, 2, 2)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: lsgd.simulate(MADE, 0), r"simulate\(workers\): .*at least 1, got 0"),
+        (lambda: lsgd.simulate(MADE, 2.0), r"simulate\(workers\): .*got 2.0"),
+        (lambda: lsgd.simulate(MADE, (2, 4)), r"one size for each axis.*\(2, 4\)"),
+        (
+            lambda: lsgd.simulate(MADE, 8, lanes="scan"),
+            r'"vmap" or "map", got \'scan\'',
+        ),
+        (
+            lambda: lsgd.on_mesh(MADE, mesh(worker=4), workers=6),
+            r"multiple of the 4 places on the mesh axes \('worker',\), got 6",
+        ),
+        (lambda: lsgd.on_mesh(MADE, mesh(worker=4), workers=0), "at least 1, got 0"),
+        (
+            lambda: lsgd.on_mesh(MADE, mesh(x=4)),
+            r"axis='worker'\): the mesh has the axes \('x',\), and no 'worker'",
+        ),
+    ],
+)
+def test_bad_places(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize("place", ["simulate", "mesh"])
+@pytest.mark.parametrize(
+    "leaf, message",
+    [
+        (np.zeros((4, 2, 3)), r"the 8 workers, got shape \(4, 2, 3\) at \[0\]"),
+        (np.float32(1), r"the 8 workers, got shape \(\) at \[0\]"),
+    ],
+)
+def test_batches_without_k_shares_are_refused(place, leaf, message):
+    verbs = cluster(place, "average")
+    with pytest.raises(ValueError, match=message):
+        verbs.step(verbs.init(network()), (leaf, np.zeros((8, 2))))
+    with pytest.raises(ValueError, match="workers, got shape"):
+        verbs.put((leaf,))
+    with pytest.raises(ValueError, match="second axis"):
+        verbs.put((np.zeros((8, 4)),), time=True)
+
+
+@pytest.mark.parametrize("place", ["simulate", "mesh"])
+@pytest.mark.parametrize(
+    "weight, message",
+    [
+        (np.ones(4), r"must have shape \(8,\), one for each worker, got \(4,\)"),
+        (1.0, r"got \(\)"),
+        (np.array([1.0] * 5 + [-2, 1, 1]), "not negative, got -2.0 for worker 5"),
+        (np.array([1.0, np.nan] * 4), "must be finite.*got nan for worker 1"),
+        ([np.inf] * 8, "must be finite.*got inf for worker 0"),
+    ],
+)
+def test_impossible_weights_are_refused(place, weight, message):
+    verbs = cluster(place, "average")
+    with pytest.raises(ValueError, match=message):
+        verbs.sync(verbs.init(network()), weight)
+
+
+@pytest.mark.parametrize("place", ["simulate", "mesh"])
+def test_a_rule_on_an_axis_that_is_not_there_is_refused(place):
+    verbs = {
+        "simulate": lambda made: lsgd.simulate(made, 8),
+        "mesh": lambda made: lsgd.on_mesh(made, mesh(worker=8)),
+    }[place](algorithm(lsgd.average("pod")))
+    with pytest.raises(ValueError, match=r"axes \('worker',\), which has no 'pod'"):
+        verbs.sync(verbs.init(network()))
+
+
+def test_no_mesh_leaks_into_the_callers_program():
+    """A cluster on four of eight devices lives beside one on all of them."""
+    some = lsgd.on_mesh(MADE, Mesh(np.array(jax.devices()[4:]), ("worker",)))
+    every = cluster("mesh", "average")
+    for verbs in (some, every):
+        state, _ = verbs.step(
+            verbs.init(network()), batches(1, workers=verbs.workers)[0]
+        )
+        assert verbs.sync(state).workers.params["out"].shape[0] == verbs.workers

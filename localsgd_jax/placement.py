@@ -320,12 +320,13 @@ def _init(
 
     if mesh is None:
         return jax.jit(many)(one)
-    same = partial(_within, mesh, ())
-    split = partial(_within, mesh, (names,))
-    shardings = jax.tree.map(same, one)._replace(
+    within = partial(_within, mesh, names)
+    split = partial(_within, mesh, names, lead=(names,))
+    shardings = jax.tree.map(within, one)._replace(
         workers=jax.tree.map(split, one.workers), own=jax.tree.map(split, one.own)
     )
-    return jax.jit(many, out_shardings=shardings)(_onto(mesh, one))
+    placed = jax.tree.map(lambda x: jax.device_put(x, within(x)), one)
+    return jax.jit(many, out_shardings=shardings)(placed)
 
 
 def _spread(count: int, x: jax.Array) -> jax.Array:
@@ -342,24 +343,18 @@ def _strong(x: jax.Array) -> jax.Array:
     return x.astype(x.dtype) if x.weak_type else x
 
 
-def _inner_spec(mesh: Mesh, x: jax.Array) -> tuple:
-    """Returns how a leaf is sharded over the axes within a worker."""
-    sharding = getattr(x, "sharding", None)
-    if isinstance(sharding, NamedSharding) and set(sharding.mesh.axis_names) <= set(
-        mesh.axis_names
-    ):
-        return tuple(sharding.spec)
-    return ()
-
-
-def _within(mesh: Mesh, lead: tuple, x: jax.Array) -> NamedSharding:
-    """Returns the sharding of a leaf that gets leading axes sharded as `lead`."""
-    return NamedSharding(mesh, P(*lead, *_inner_spec(mesh, x)))
-
-
-def _onto(mesh: Mesh, tree: PyTree) -> PyTree:
-    """Moves leaves to the devices of the mesh; those within it keep their shards."""
-    return jax.tree.map(lambda x: jax.device_put(x, _within(mesh, (), x)), tree)
+def _within(
+    mesh: Mesh, names: tuple[str, ...], x: jax.Array, lead: tuple = ()
+) -> NamedSharding:
+    """Returns the sharding of a leaf over the axes within a worker, after `lead`."""
+    spec, sharding = (), getattr(x, "sharding", None)
+    if isinstance(sharding, NamedSharding):
+        inner = set(mesh.axis_names) - set(names)
+        spec = (
+            tuple(name for name in _as_tuple(entry) if name in inner)
+            for entry in sharding.spec
+        )
+    return NamedSharding(mesh, P(*lead, *spec))
 
 
 def _put(

@@ -38,9 +38,7 @@ def anchored(rate: float = 0.7, decay: float = 0.9) -> lsgd.SyncRule:
 
     def apply(tree, state, context):
         (anchor, velocity), own = state
-        mean, anyone = collectives.mean(
-            tree, collectives.over(context, None), context.weight
-        )
+        mean, anyone = collectives.mean(tree, context)
         delta = jax.tree.map(
             lambda a, m: jnp.where(anyone, a - m, 0).astype(a.dtype), anchor, mean
         )

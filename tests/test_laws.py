@@ -266,3 +266,25 @@ def test_a_rule_over_both_axes_is_one_over_all_workers(place):
     )
     state, _ = run(HIERARCHIES[place](made), batches(6), lsgd.every(3))
     assert_close(state, expected)
+
+
+@pytest.mark.parametrize("place", HIERARCHIES)
+@pytest.mark.parametrize("dead", [[2], [0, 1, 2, 3]], ids=["worker", "pod"])
+def test_a_pod_weighs_what_its_workers_weigh_together(place, dead):
+    weight = shares()
+    weight[dead] = 0
+    levels = lsgd.chain(lsgd.average("worker"), lsgd.average("pod"))
+    flat = PLACEMENTS["simulate"](algorithm(lsgd.average()))
+    expected, _ = run(flat, batches(6), lsgd.every(3), weight)
+    state, _ = run(
+        HIERARCHIES[place](algorithm(levels)), batches(6), lsgd.every(3), weight
+    )
+    assert_close(state.workers, expected.workers)
+
+
+@pytest.mark.parametrize("name", ["anchored", "average", "when"])
+def test_a_chain_of_one_is_its_link(name):
+    link, _ = run(cluster("simulate", name), batches(6), lsgd.every(2))
+    chain = lsgd.simulate(algorithm(lsgd.chain(RULES[name].rule)), WORKERS)
+    state, _ = run(chain, batches(6), lsgd.every(2))
+    assert_close(state.workers, link.workers)

@@ -3,9 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from cases import algorithm, batches, cluster, mesh, network
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import localsgd_jax as lsgd
 
@@ -133,3 +134,19 @@ def test_no_mesh_leaks_into_the_callers_program():
             verbs.init(network()), batches(1, workers=verbs.workers)[0]
         )
         assert verbs.sync(state).workers.params["out"].shape[0] == verbs.workers
+
+
+@pytest.mark.parametrize(
+    "entry, width", [("worker", 8), (("worker", "model"), 4), ("model", 4), (None, 8)]
+)
+def test_parameters_may_come_sharded_over_the_workers(entry, width):
+    """What lay over the worker axis becomes whole: every worker has its own copy."""
+    devices = mesh(worker=4, model=2)
+    sharding = NamedSharding(devices, PartitionSpec(entry))
+    params = jax.device_put(np.arange(8, dtype=np.float32), sharding)
+    made = lsgd.local_sgd(lambda w, b: jnp.sum(w * b), optax.sgd(1.0), lsgd.average())
+    state = lsgd.on_mesh(made, devices).init(params)
+    np.testing.assert_array_equal(
+        state.workers.params, np.broadcast_to(np.arange(8), (4, 8))
+    )
+    assert state.workers.params.sharding.shard_shape((4, 8)) == (1, width)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -148,6 +149,21 @@ def test_evaluation_sees_the_consensus_every_n_rounds_and_at_the_end(schedule):
         step = history["step"][turn - 1]
         expected, _, _ = by_hand(verbs, batches(17)[:step], schedule)
         assert_close(params, lsgd.consensus(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_evaluation_sees_the_mean_of_workers_that_differ():
+    verbs = cluster("simulate", "keep")
+    seen = []
+    state, _ = lsgd.train(
+        verbs,
+        verbs.init(network()),
+        batches(3),
+        every=3,
+        evaluate=lambda params: seen.append(params) or 0,
+        progress=False,
+    )
+    mean = jax.tree.map(lambda x: np.mean(x, axis=0), state.workers.params)
+    assert_close(seen[0], mean)
 
 
 def test_a_number_from_evaluate_is_called_evaluation():

@@ -1,7 +1,5 @@
 """Agreement by the mean: the synchronisation of Local SGD."""
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
 
@@ -9,7 +7,7 @@ from localsgd_jax import collectives
 from localsgd_jax.base import Context, PyTree, RuleState, SyncRule
 
 
-def average(axis: str | Sequence[str] | None = None) -> SyncRule:
+def average(axis: collectives.Axis = None) -> SyncRule:
     """Replaces every worker's tree by the mean of all.
 
     With weights wₖ ≥ 0, equal ones if none are given:
@@ -22,7 +20,9 @@ def average(axis: str | Sequence[str] | None = None) -> SyncRule:
 
     Args:
       axis: worker axis, or several, to average over; None for all of them. On a
-        mesh `("pod", "worker")`, `average("worker")` averages within each pod.
+        mesh `("pod", "worker")`, `average("worker")` averages within each pod and
+        `average("pod")` across pods that have agreed within: each weighs what its
+        workers weigh together.
 
     Returns:
       A rule without state. It moves one all-reduce of the tree.
@@ -53,9 +53,7 @@ def average(axis: str | Sequence[str] | None = None) -> SyncRule:
     def apply(
         tree: PyTree, state: RuleState, context: Context
     ) -> tuple[PyTree, RuleState]:
-        mean, anyone = collectives.mean(
-            tree, collectives.over(context, axis), context.weight
-        )
+        mean, anyone = collectives.mean(tree, context, axis)
         return jax.tree.map(lambda m, x: jnp.where(anyone, m, x), mean, tree), state
 
     return SyncRule(init, apply)

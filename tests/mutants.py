@@ -1,0 +1,253 @@
+"""Ways to break the library, each with the tests that must notice.
+
+Run one with `python tests/mutants.py NAME`, all with `python tests/mutants.py`, or
+`pytest -m slow tests/test_mutants.py`.
+"""
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+from typing import NamedTuple
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+class Mutant(NamedTuple):
+    """One fault: in `file`, `old` becomes `new`; `tests` must fail."""
+
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+MUTANTS = {
+    "averages one step late": Mutant(
+        "rounds.py",
+        "schedule(state.step), state, weight), metrics",
+        "schedule(state.step - 1), state, weight), metrics",
+        "test_laws.py -k gated",
+    ),
+    "forgets one leaf": Mutant(
+        "rules/mean.py",
+        "return jax.tree.map(lambda m, x: jnp.where(anyone, m, x), mean, tree), state",
+        "rest, kind = jax.tree.flatten(\n"
+        "            jax.tree.map(lambda m, x: jnp.where(anyone, m, x), mean, tree)\n"
+        "        )\n"
+        "        rest[-1] = jax.tree.leaves(tree)[-1]\n"
+        "        return jax.tree.unflatten(kind, rest), state",
+        "test_laws.py -k agreeing",
+    ),
+    "hands all workers one batch": Mutant(
+        "placement.py",
+        "return jax.vmap(step)",
+        "first = partial(jax.tree.map, lambda x: x[0])\n"
+        "        return lambda w, b: jax.vmap(step, (0, None))(w, first(b))",
+        "test_twin.py",
+    ),
+    "drops the last incomplete round": Mutant(
+        "train.py",
+        "        if journal.unfinished:",
+        "        if False:",
+        "test_train.py -k remainder",
+    ),
+    "skips a worker's weight": Mutant(
+        "collectives.py",
+        "x * share.astype(x.dtype), 0",
+        "x, 0",
+        "test_laws.py -k shares",
+    ),
+    "lets a dead worker's NaN through": Mutant(
+        "collectives.py",
+        "jnp.where(share > 0, x * share.astype(x.dtype), 0)",
+        "x * share.astype(x.dtype)",
+        "test_laws.py -k zero",
+    ),
+    "forgets how many stand behind a pod": Mutant(
+        "collectives.py",
+        "jax.lax.psum(share, inner) if inner else share",
+        "share",
+        "test_laws.py -k weighs_what",
+    ),
+    "takes the empty mean for an agreement": Mutant(
+        "rules/mean.py",
+        "jnp.where(anyone, m, x)",
+        "m",
+        "test_laws.py -k nobody",
+    ),
+    "sums in half precision": Mutant(
+        "collectives.py",
+        "return x.astype(jnp.promote_types(x.dtype, jnp.float32))",
+        "return x",
+        "test_algorithm.py -k half_precision",
+    ),
+    "counts rounds from zero": Mutant(
+        "placement.py",
+        "turn = state.round + 1",
+        "turn = state.round",
+        "test_laws.py -k waits",
+    ),
+    "forgets to synchronise a fused round": Mutant(
+        "rounds.py",
+        "return cluster.sync(state, weight), metrics",
+        "return state, metrics",
+        "test_laws.py -k fused",
+    ),
+    "fuses without the weights": Mutant(
+        "rounds.py",
+        "return cluster.sync(state, weight), metrics",
+        "return cluster.sync(state), metrics",
+        "test_laws.py -k fused",
+    ),
+    "drops a rule's state": Mutant(
+        "rules/combine.py",
+        "states.append(part)",
+        "states.append(RuleState(agreed, own))",
+        "test_laws.py -k chain_of_one_is",
+    ),
+    "ignores when": Mutant(
+        "rules/combine.py",
+        "due = schedule(context.round)",
+        "due = True",
+        "test_laws.py -k when",
+    ),
+    "averages devices but not lanes": Mutant(
+        "placement.py",
+        "{names[-1]: (names[-1], LANE)}",
+        "{names[-1]: (names[-1],)}",
+        "test_laws.py -k lanes",
+    ),
+    "talks in a local step": Mutant(
+        "placement.py",
+        "        return state._replace(step=state.step + 1, workers=workers), metrics",
+        "        metrics = jax.tree.map(lambda m: m + 0 * m.mean(), metrics)\n"
+        "        return state._replace(step=state.step + 1, workers=workers), metrics",
+        "test_programs.py -k silent",
+    ),
+    "synchronises outside the conditional": Mutant(
+        "rounds.py",
+        "    return jax.lax.cond(\n        due, ",
+        "    choose = lambda a, b: jax.numpy.where(due, a, b)\n"
+        "    now = cluster.sync(state, weight)\n"
+        "    return jax.tree.map(choose, now, state)\n"
+        "    return jax.lax.cond(\n        due, ",
+        "test_programs.py -k gated",
+    ),
+    "unshards the workers": Mutant(
+        "placement.py",
+        "        return tuple(sharding.spec)",
+        "        return ()",
+        "test_programs.py -k pieces",
+    ),
+    "gives all workers one key": Mutant(
+        "placement.py",
+        "jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (None, 0))",
+        "jax.vmap(jax.vmap(lambda key, k: key, (0, None)), (None, 0))",
+        "test_algorithm.py -k key_of_its_own",
+    ),
+    "counts half of an all-reduce": Mutant(
+        "ledger.py",
+        '"psum": lambda n: 2 * (n - 1) / n',
+        '"psum": lambda n: (n - 1) / n',
+        "test_programs.py -k sent_bytes",
+    ),
+    "synchronises at 1, 1 + h, …": Mutant(
+        "schedules.py",
+        "(t % h == 0)",
+        "(t % h == 1)",
+        "test_schedules.py",
+    ),
+    "decides a quadratic round at its end": Mutant(
+        "schedules.py",
+        "ends.append(ends[-1] + int(period(ends[-1])))",
+        "ends.append(ends[-1] + int(period(ends[-1] + 5)))",
+        "test_schedules.py -k quadratic",
+    ),
+    "deals one card twice": Mutant(
+        "deal.py",
+        "hand, deck = np.split(deck, [workers * batch])",
+        "hand, deck = deck[: workers * batch], deck[workers * batch - 1 :]",
+        "test_deal.py",
+    ),
+    "shuffles every epoch alike": Mutant(
+        "deal.py",
+        "np.random.default_rng((seed, epoch))",
+        "np.random.default_rng(seed)",
+        "test_deal.py",
+    ),
+    "starts from the top again": Mutant(
+        "deal.py",
+        "divmod(start, count)",
+        "divmod(0, count)",
+        "test_deal.py",
+    ),
+    "does not look at the loss": Mutant(
+        "journal.py",
+        "if loss is None or np.isfinite(loss).all():",
+        "if True:",
+        "test_train.py -k no_number",
+    ),
+    "evaluates one worker": Mutant(
+        "journal.py",
+        "self.evaluate(consensus(state))",
+        "self.evaluate(jax.tree.map(lambda x: x[0], state.workers.params))",
+        "test_train.py -k evaluation",
+    ),
+    "waits for every dispatch": Mutant(
+        "train.py",
+        "computing = due, metrics\n",
+        "journal.read((due, metrics), state)\n            computing = None\n",
+        "test_train.py -k reads_ahead",
+    ),
+}
+
+
+def survives(mutant: Mutant) -> bool:
+    """Returns whether the tests pass on a copy of the project with the fault."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = pathlib.Path(folder)
+        ignore = shutil.ignore_patterns("__pycache__")
+        for part in ("localsgd_jax", "tests"):
+            shutil.copytree(ROOT / part, copy / part, ignore=ignore)
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        path = copy / "localsgd_jax" / mutant.file
+        source = path.read_text()
+        if source.count(mutant.old) < 1:
+            raise ValueError(f"{mutant.file} does not contain {mutant.old!r}")
+        path.write_text(source.replace(mutant.old, mutant.new))
+        tests = [
+            f"tests/{word}" if word.endswith(".py") else word
+            for word in mutant.tests.split()
+        ]
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+        done = subprocess.run(
+            [*command, *tests],
+            cwd=copy,
+            env=os.environ | {"PYTHONPATH": str(copy)},
+            capture_output=True,
+            text=True,
+        )
+    if done.returncode not in (0, 1):
+        raise RuntimeError(
+            f"pytest ended with {done.returncode}: {done.stdout[-2000:]}"
+        )
+    if done.returncode == 1 and "error" in done.stdout.splitlines()[-1]:
+        raise RuntimeError(f"the tests did not run: {done.stdout[-2000:]}")
+    return done.returncode == 0
+
+
+def main(names: list[str]) -> int:
+    """Tries the named mutants, or all; returns how many survive."""
+    alive = 0
+    for name in names or MUTANTS:
+        lives = survives(MUTANTS[name])
+        print(f"{'SURVIVES' if lives else 'caught  '}  {name}", flush=True)
+        alive += lives
+    return alive
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,67 @@
+"""The code of the README and of CONTRIBUTING runs as it stands."""
+
+import pathlib
+import re
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import algorithm, batches, run
+
+import localsgd_jax as lsgd
+from localsgd_jax import collectives
+
+HERE = pathlib.Path(__file__).parent.parent
+
+
+def blocks(name, language="python"):
+    text = (HERE / name).read_text()
+    found = re.findall(rf"^( *)```{language}\n(.*?)^ *```", text, re.M | re.S)
+    return [textwrap.dedent(block) for _, block in found]
+
+
+def test_the_loop_of_the_readme(capsys):
+    names = {}
+    for block in blocks("README.md"):
+        exec(block, names)
+    step, sent, loss = capsys.readouterr().out.split()
+    assert (int(step), int(sent)) == (336, 20 * 140) and float(loss) < 1
+    assert int(names["state"].step) == 8
+
+
+def test_the_skeleton_of_a_rule_obeys_its_docstring():
+    names = {
+        "SyncRule": lsgd.SyncRule,
+        "RuleState": lsgd.RuleState,
+        "collectives": collectives,
+        "jax": jax,
+        "jnp": jnp,
+    }
+    exec(blocks("CONTRIBUTING.md")[0], names)
+    nudge = names["nudge"]
+    results = [
+        run(lsgd.simulate(algorithm(rule), 8), batches(4), lsgd.every(2))[0]
+        for rule in (nudge(1.0), lsgd.average())
+    ]
+    np.testing.assert_allclose(
+        results[0].workers.params["out"], results[1].workers.params["out"], rtol=1e-5
+    )
+    with pytest.raises(ValueError, match=r"nudge\(rate\): rate must be in"):
+        nudge(2.0)
+
+
+def test_every_public_name_is_in_the_readme():
+    text = (HERE / "README.md").read_text()
+    types = {"Algorithm", "Cluster", "Context", "RuleState", "Schedule", "State"}
+    types |= {"SyncRule", "Worker", "NonFiniteLossError"}
+    for name in set(lsgd.__all__) - types:
+        assert re.search(rf"\b{name}\b", text), name
+
+
+def test_every_file_is_on_the_map():
+    text = (HERE / "README.md").read_text()
+    for path in (HERE / "localsgd_jax").iterdir():
+        if path.name not in ("__init__.py", "__main__.py", "__pycache__"):
+            assert f"`{path.name}`" in text or f"`{path.name}/`" in text, path.name

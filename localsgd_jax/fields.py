@@ -1,7 +1,7 @@
 """Named fields of a train state: a NamedTuple, a dataclass or a dict."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from localsgd_jax.base import PyTree
 
@@ -15,15 +15,17 @@ def read(state: PyTree, names: Iterable[str]) -> dict[str, PyTree]:
                 f"rule for the field {name!r}: the train state has no such field; "
                 f"it has {known}"
             )
-    get = state.__getitem__ if isinstance(state, Mapping) else state.__getattribute__
-    return {name: get(name) for name in names}
+    if isinstance(state, Mapping):
+        return {name: state[name] for name in names}
+    return {name: getattr(state, name) for name in names}
 
 
 def write(state: PyTree, values: Mapping[str, PyTree]) -> PyTree:
     """Returns the state with some fields replaced."""
     if isinstance(state, Mapping):
-        return type(state)({**state, **values})
-    if dataclasses.is_dataclass(state):
+        kind: Callable = type(state)
+        return kind({**state, **values})
+    if dataclasses.is_dataclass(state) and not isinstance(state, type):
         return dataclasses.replace(state, **values)
     return state._replace(**values)
 

@@ -76,7 +76,11 @@ class Journal:
         least, most = self.range
         self.bytes += most if least == most else self.sent(self.shapes, self.round)[1]
         steps, self.unfinished = self.unfinished, []
-        row = {"step": self.step, "round": self.round, "bytes": self.bytes}
+        row: dict[str, float] = {
+            "step": self.step,
+            "round": self.round,
+            "bytes": self.bytes,
+        }
         row["seconds"] = time.perf_counter() - self.began
         row |= {
             name: float(np.mean([step[name] for step in steps])) for name in steps[0]

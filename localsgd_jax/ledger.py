@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 from jax.extend import core
@@ -98,4 +99,5 @@ def _group(params: Mapping, axes: Mapping[str, int]) -> int:
 
 def _operand_bytes(equation: core.JaxprEqn) -> int:
     """Returns the bytes that go into a collective."""
-    return sum(x.aval.size * x.aval.dtype.itemsize for x in equation.invars)
+    operands: list[Any] = [x.aval for x in equation.invars]
+    return sum(x.size * x.dtype.itemsize for x in operands)

@@ -7,6 +7,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -279,7 +280,7 @@ def _together(
         )
         return worker, state.own, state.agreed
 
-    for name in reversed(sizes):
+    for name in reversed(list(sizes)):
         # out_axes=None also proves that what is agreed does not depend on a worker.
         one = jax.vmap(
             one,
@@ -310,7 +311,8 @@ def _init(
 ) -> State:
     """Gives every worker a copy of its own."""
     worker, rule_state = algorithm.init(params)
-    one = State(np.int32(0), np.int32(0), worker, rule_state.own, rule_state.agreed)
+    zero = jnp.int32(0)
+    one = State(zero, zero, worker, rule_state.own, rule_state.agreed)
 
     def many(one: State) -> State:
         # Copies, since a buffer that stands in two places cannot be donated.
@@ -388,7 +390,7 @@ def _check_weight(weight: jax.Array | None, count: int) -> jax.Array | None:
     """Refuses weights of another shape and, where they are known, impossible ones."""
     if weight is None:
         return None
-    known = not isinstance(weight, jax.core.Tracer)
+    known = not isinstance(weight, Tracer)
     values = np.asarray(weight) if known else weight
     if values.shape != (count,):
         raise ValueError(

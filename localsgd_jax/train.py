@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import numbers
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import NamedTuple
@@ -77,8 +76,8 @@ def train(
       >>> history["step"], history["bytes"]
       (array([2, 4, 5]), array([ 4,  8, 12]))
     """
-    schedule = schedules.every(every) if isinstance(every, numbers.Integral) else every
-    _check_arguments(schedule, steps, evaluate_every, chunk)
+    schedule = every if callable(every) else schedules.every(every)
+    _check_arguments(steps, evaluate_every, chunk)
     run = _dispatcher(cluster, weight)
     journal = Journal(cluster, state, evaluate, record)
     queue = Queue(itertools.islice(batches, steps), cluster.put, chunk)
@@ -142,16 +141,17 @@ def plan(schedule: Callable, start: int, limit: int, chunk: int) -> Segment:
       Segment(steps=10, period=None)
     """
 
-    def regular(steps: int) -> bool:
+    def regular(period: int, steps: int) -> bool:
         return all(
             bool(schedule(start + i)) == (i % period == 0) for i in range(1, steps + 1)
         )
 
     most = min(limit, chunk)
     period = next((i for i in range(1, most + 1) if schedule(start + i)), None)
-    if period and regular(2 * period):
+    if period and regular(period, 2 * period):
         many = chunk // period * period
-        return Segment(many if many <= limit and regular(many) else period, period)
+        fits = many <= limit and regular(period, many)
+        return Segment(many if fits else period, period)
     return Segment(chunk if chunk <= limit else 1, None)
 
 
@@ -209,12 +209,8 @@ def _steps_to_look(
     return limit
 
 
-def _check_arguments(
-    schedule: Callable, steps: int | None, evaluate_every: int, chunk: int
-) -> None:
+def _check_arguments(steps: int | None, evaluate_every: int, chunk: int) -> None:
     """Refuses numbers out of range and what is no schedule."""
-    if not callable(schedule):
-        raise TypeError(f"train(every): a period or a schedule, got {schedule!r}")
     for name, value in (
         ("steps", steps),
         ("evaluate_every", evaluate_every),

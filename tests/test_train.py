@@ -340,7 +340,7 @@ def test_few_programs_are_compiled():
     "arguments, error, message",
     [
         ({"every": 0}, ValueError, r"every\(h\): h must be at least 1, got 0"),
-        ({"every": "often"}, TypeError, r"a period or a schedule, got 'often'"),
+        ({"every": "often"}, TypeError, r"every\(h\): h must be an int, got 'often'"),
         ({"steps": 0}, ValueError, r"train\(steps\): it must be at least 1, got 0"),
         ({"chunk": 0}, ValueError, r"train\(chunk\): it must be at least 1, got 0"),
         ({"evaluate_every": 0}, ValueError, r"train\(evaluate_every\)"),

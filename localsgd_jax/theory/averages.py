@@ -1,0 +1,180 @@
+"""Stepsizes, and the weighted averages that the theorems speak of."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from localsgd_jax.theory.constants import at_least, check_curvature, require
+
+
+def stepsize(mu: float, a: float) -> optax.Schedule:
+    """Builds the stepsize of the theorems, an optax schedule: ηₜ = 4/(μ(a + t)).
+
+    Args:
+      mu: strong convexity μ.
+      a: shift; see `shift`.
+
+    Returns:
+      A function of t, a Python or a traced integer.
+
+    Raises:
+      ValueError: if μ ≤ 0 or a ≤ 1.
+
+    Example:
+      >>> stepsize(mu=2.0, a=50)(150)
+      0.01
+
+    References:
+      Stich 2019, Theorem 2.2.
+    """
+    require(mu > 0, "stepsize(mu)", "mu must be positive", mu)
+    require(a > 1, "stepsize(a)", "a must exceed 1", a)
+    return lambda count: 4.0 / (mu * (a + count))
+
+
+def shift(mu: float, smoothness: float, period: int, delay: int = 0) -> int:
+    """Finds the smallest integer shift allowed: a > max{16κ, H + τ}.
+
+    a > 16κ makes η₀ < 1/(4L), which Lemma 3.1 needs; a > H makes ηₜ ≤ 2 ηₜ₊ₕ, which
+    Lemma 3.3 needs.
+
+    Args:
+      mu, smoothness: μ and L.
+      period, delay: H and, if asynchronous, τ.
+
+    Returns:
+      The shift a.
+
+    Raises:
+      ValueError: if μ ≤ 0, L < μ, H < 1 or τ < 0.
+
+    Example:
+      >>> shift(mu=1.0, smoothness=1.0, period=4)
+      17
+
+    References:
+      Stich 2019, Theorems 2.2 and 5.1.
+    """
+    check_curvature("shift", mu, smoothness)
+    at_least("shift", 1, period=period)
+    at_least("shift", 0, delay=delay)
+    return math.floor(max(16 * smoothness / mu, period + delay)) + 1
+
+
+def weights(a: float, power: int = 2) -> optax.Schedule:
+    """Builds the weights of an averaged output: wₜ = (a + t)ᵖ.
+
+    p = 2 with the shift of the stepsize gives the theorems' output, p = 1 with a = 1
+    the linearly weighted average, p = 0 the uniform one.
+
+    Args:
+      a: shift.
+      power: p.
+
+    Returns:
+      A function of t, a Python or a traced integer.
+
+    Raises:
+      ValueError: if a ≤ 0 or p < 0.
+
+    Example:
+      >>> [weights(a=3)(t) for t in range(3)]
+      [9.0, 16.0, 25.0]
+
+    References:
+      Stich 2019, Theorem 2.2.
+    """
+    require(a > 0, "weights(a)", "a must be positive", a)
+    at_least("weights", 0, power=power)
+    # As a float: with a = 16κ of a real problem, a² is beyond int32.
+    return lambda count: (float(a) + count) ** power
+
+
+def weight_sum(steps: int, a: float) -> float:
+    """Sums the quadratic weights (a + t)² over t = 0, …, T − 1, exactly.
+
+        S_T = (T/6)(2T² + 6aT − 3T + 6a² − 6a + 1) ≥ T³/3
+
+    Args:
+      steps: T.
+      a: shift.
+
+    Returns:
+      S_T.
+
+    Raises:
+      ValueError: if T < 1 or a < 1.
+
+    Example:
+      >>> weight_sum(steps=7, a=3)
+      280.0
+
+    References:
+      Stich 2019, Lemma 3.4.
+    """
+    at_least("weight_sum", 1, steps=steps, a=a)
+    return steps * (2 * steps**2 + 6 * a * steps - 3 * steps + 6 * a**2 - 6 * a + 1) / 6
+
+
+class AverageState(NamedTuple):
+    """State of `running_average`: t, Sₜ and x̂ₜ."""
+
+    step: jax.Array
+    total: jax.Array
+    mean: Any
+
+
+class RunningAverage(NamedTuple):
+    """Two pure functions: `init(params) -> state`, `update(state, params) -> state`."""
+
+    init: Callable[[Any], AverageState]
+    update: Callable[[AverageState, Any], AverageState]
+
+
+def running_average(weight: Callable) -> RunningAverage:
+    """Averages the iterates with weights wₜ while the run goes on, for any pytree.
+
+        Sₜ₊₁ = Sₜ + wₜ
+        x̂ₜ₊₁ = x̂ₜ + (wₜ/Sₜ₊₁)(xₜ − x̂ₜ)
+
+    wₜ weighs xₜ, the iterate before step t: update first, then step. The theorems'
+    output is the workers' mean of x̂_T: give every worker an average of its own and
+    take their mean at the end. The mean is held in float32 at least.
+
+    Args:
+      weight: function of t; see `weights`.
+
+    Returns:
+      `init` and `update`; `state.mean` is the average so far.
+
+    Example:
+      >>> average = running_average(weights(a=3))
+      >>> state = average.init(0.0)
+      >>> for x in (25.0, 0.0, 9.0):  # (9·25 + 16·0 + 25·9)/50
+      ...     state = average.update(state, x)
+      >>> float(state.mean)
+      9.0
+
+    References:
+      Stich 2019, Theorem 2.2.
+    """
+
+    def zeros(x):
+        return jnp.zeros_like(x, jnp.promote_types(jnp.result_type(x), jnp.float32))
+
+    def init(params):
+        step, total = jnp.zeros((), jnp.int32), jnp.zeros(())
+        return AverageState(step, total, jax.tree.map(zeros, params))
+
+    def update(state, params):
+        w = weight(state.step)
+        total = state.total + w
+        ratio = w / total
+        mean = jax.tree.map(lambda m, x: m + ratio * (x - m), state.mean, params)
+        return AverageState(state.step + 1, total, mean)
+
+    return RunningAverage(init, update)

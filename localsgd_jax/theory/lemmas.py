@@ -1,0 +1,140 @@
+"""The four lemmas behind the theorems: Stich 2019, Lemmas 3.1 to 3.4."""
+
+from localsgd_jax.theory.averages import weight_sum
+from localsgd_jax.theory.constants import Terms, at_least, check_curvature, require
+
+
+def descent(
+    distance: float,
+    gap: float,
+    variance: float,
+    drift: float,
+    learning_rate: float,
+    mu: float,
+    smoothness: float,
+) -> float:
+    """Bounds the distance to x* after one step of the workers' mean (Lemma 3.1).
+
+        E‖x̄ₜ₊₁ − x*‖² ≤ (1 − μη)‖x̄ₜ − x*‖² + η² E‖g − ḡ‖² − ½η(f(x̄ₜ) − f*)
+                        + 2ηL (1/K)Σₖ‖x̄ₜ − xₜᵏ‖²
+
+    Args:
+      distance, gap: ‖x̄ₜ − x*‖² and f(x̄ₜ) − f*.
+      variance, drift: E‖g − ḡ‖² and (1/K)Σₖ‖x̄ₜ − xₜᵏ‖²; see Lemmas 3.2 and 3.3.
+      learning_rate: η = ηₜ, at most 1/(4L).
+      mu, smoothness: μ and L.
+
+    Returns:
+      The right-hand side.
+
+    Raises:
+      ValueError: if μ ≤ 0, L < μ or η > 1/(4L).
+
+    Example:
+      >>> descent(8.0, 1.0, 16.0, 4.0, learning_rate=0.125, mu=1.0, smoothness=2.0)
+      9.1875
+
+    References:
+      Stich 2019, Lemma 3.1.
+    """
+    check_curvature("descent", mu, smoothness)
+    largest = 1 / (4 * smoothness)
+    rule = f"learning_rate must be at most 1/(4 smoothness) = {largest}"
+    require(learning_rate <= largest, "descent(learning_rate)", rule, learning_rate)
+    contracted = (1 - mu * learning_rate) * distance + learning_rate**2 * variance
+    return contracted - learning_rate * gap / 2 + 2 * learning_rate * smoothness * drift
+
+
+def mean_variance(variance: float, workers: int, batch: int = 1) -> float:
+    """Bounds the variance of the workers' mean gradient: E‖g − ḡ‖² ≤ σ²/(Kb).
+
+    Args:
+      variance: σ².
+      workers, batch: K and b, all drawn independently.
+
+    Returns:
+      The right-hand side.
+
+    Raises:
+      ValueError: if K < 1 or b < 1.
+
+    Example:
+      >>> mean_variance(8.0, workers=4, batch=2)
+      1.0
+
+    References:
+      Stich 2019, Lemma 3.2.
+    """
+    at_least("mean_variance", 1, workers=workers, batch=batch)
+    return variance / (workers * batch)
+
+
+def drift(learning_rate: float, second_moment: float, period: int) -> float:
+    """Bounds how far the workers stray from their mean (Lemma 3.3).
+
+        (1/K)Σₖ E‖x̄ₜ − xₜᵏ‖² ≤ 4 ηₜ² G² H²
+
+    Assumes that η never grows and ηₜ ≤ 2 ηₜ₊ₕ; neither smoothness nor convexity. Why
+    4: since the last synchronisation s a worker has added fewer than H steps, each at
+    most ηₛG in root mean square, so its drift is below ηₛ²G²H², and ηₛ ≤ 2ηₜ enters
+    squared. Workers that run straight apart refute a 2, and only 4 leads to the
+    256 = 64·4 of Theorem 2.2.
+
+    Args:
+      learning_rate: ηₜ.
+      second_moment: G².
+      period: H.
+
+    Returns:
+      The right-hand side.
+
+    Raises:
+      ValueError: if H < 1.
+
+    Example:
+      >>> drift(0.5, second_moment=2.0, period=3)
+      18.0
+
+    References:
+      Stich 2019, Lemma 3.3.
+    """
+    at_least("drift", 1, period=period)
+    return 4 * learning_rate**2 * second_moment * period**2
+
+
+def telescope(
+    first: float, noise: float, drift: float, mu: float, steps: int, a: float
+) -> Terms:
+    """Unrolls the recursion behind the theorems (Lemma 3.4).
+
+    If rₜ₊₁ ≤ (1 − μηₜ)rₜ − ηₜAeₜ + ηₜ²B + ηₜ³C with rₜ, eₜ ≥ 0 and ηₜ = 4/(μ(a + t)):
+
+        (A/S_T) Σₜ wₜeₜ ≤ (μa³/(4S_T)) r₀ + (2T(T + 2a)/(μS_T)) B + (16T/(μ²S_T)) C
+
+    A = ½, B = σ²/(Kb), C = 8G²H²L, from Lemmas 3.1 to 3.3, give Theorem 2.2.
+
+    Args:
+      first, noise, drift: r₀, B and C.
+      mu, steps, a: μ, T and the shift.
+
+    Returns:
+      The three terms of the right-hand side.
+
+    Raises:
+      ValueError: if μ ≤ 0, T < 1 or a ≤ 1.
+
+    Example:
+      >>> telescope(4.0, 2.0, 10.0, mu=4.0, steps=7, a=3)
+      Terms(start=0.38571428571428573, noise=0.325, drift=0.25)
+
+    References:
+      Stich 2019, Lemma 3.4.
+    """
+    require(mu > 0, "telescope(mu)", "mu must be positive", mu)
+    require(a > 1, "telescope(a)", "a must exceed 1", a)
+    total = weight_sum(steps, a)
+    return Terms(
+        start=mu * a**3 / (4 * total) * first,
+        noise=2 * steps * (steps + 2 * a) / (mu * total) * noise,
+        drift=16 * steps / (mu**2 * total) * drift,
+    )

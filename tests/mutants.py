@@ -196,6 +196,13 @@ MUTANTS = {
         "self.evaluate(jax.tree.map(lambda x: x[0], state.workers.params))",
         "test_train.py -k evaluation",
     ),
+    "waits for no dispatch": Mutant(
+        "train.py",
+        "            journal.read(computing, state)\n            start,",
+        "            vars(journal).setdefault('later', []).append(computing)\n"
+        "            start,",
+        "test_train.py -k five_hundred",
+    ),
     "waits for every dispatch": Mutant(
         "train.py",
         "computing = due, metrics\n",

@@ -375,24 +375,24 @@ def test_an_error_of_the_batches_comes_through():
         lsgd.train(verbs, verbs.init(network()), stream(), every=2, progress=False)
 
 
+# A local step slow enough for the host to run ahead of the devices.
 QUEUES_ROUNDS = """
     import jax, jax.numpy as jnp, numpy as np, optax
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
     import localsgd_jax as lsgd
 
-    made = lsgd.local_sgd(
-        lambda w, b: jnp.mean((b @ w) ** 2), optax.sgd(1e-4), rule=lsgd.average()
-    )
+    def loss_fn(w, batch):
+        return jnp.mean((batch @ jnp.linalg.matrix_power(jnp.outer(w, w), 8)) ** 2)
+
+    made = lsgd.local_sgd(loss_fn, optax.sgd(1e-9), rule=lsgd.average())
     cluster = lsgd.on_mesh(made, jax.make_mesh((8,), ("worker",)))
-    batch = np.ones((8, 4, 300), np.float32)
-    state = cluster.init(np.ones(300, np.float32))
-    for chunk in (2, 64):
-        state, history = lsgd.train(
-            cluster, state, (batch for _ in range(1000)), every=2, chunk=chunk,
-            progress=False,
-        )
-        print(len(history["round"]))
+    state = cluster.init(np.full(128, 0.01, np.float32))
+    batch = np.ones((8, 4, 128), np.float32)
+    state, history = lsgd.train(
+        cluster, state, (batch for _ in range(1000)), every=2, chunk=2, progress=False
+    )
+    print(len(history["round"]))
 """
 
 
@@ -409,4 +409,4 @@ def test_five_hundred_rounds_do_not_starve_the_cpu():
         env=environment,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split() == ["500", "500"]
+    assert done.stdout.split() == ["500"]

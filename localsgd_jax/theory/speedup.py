@@ -28,7 +28,7 @@ def speedup(workers: int, period: int, ratio: float, accuracy: float = 0.0) -> f
       9.24
 
     References:
-      Stich 2019, Section 4.
+      Stich 2019, the speedup model of its experiments.
     """
     at_least("speedup", 1, workers=workers, period=period)
     at_least("speedup", 0, ratio=ratio, accuracy=accuracy)
@@ -63,7 +63,7 @@ def corrected_speedup(
       1.0
 
     References:
-      Stich 2019, Corollary 2.3 and Section 4.
+      Stich 2019, Corollary 2.3 and the speedup model of its experiments.
     """
     at_least("corrected_speedup", 1, workers=workers, period=period)
     at_least("corrected_speedup", 0, ratio=ratio, accuracy=accuracy)

@@ -18,6 +18,7 @@ FLOORS = {
     "ledger": 1,
     "theory": 1,
     "algorithm": 2,
+    "asynchronous": 2,
     "placement": 3,
     "deal": 4,
     "feed": 4,
@@ -25,6 +26,7 @@ FLOORS = {
     "rounds": 4,
     "train": 4,
     "experiments": 5,
+    "reproduce": 5,
     "cli": 5,
     "__main__": 5,
 }

@@ -60,10 +60,11 @@ class Journal:
             return
         due, metrics = computed
         metrics = {name: np.asarray(values) for name, values in metrics.items()}
-        self._check_finite(metrics.get("loss"), state)
         for i, end in enumerate(due):
-            self.unfinished.append({name: x[i].mean() for name, x in metrics.items()})
+            now = {name: values[i] for name, values in metrics.items()}
             self.step += 1
+            self._check_finite(now.get("loss"), state)
+            self.unfinished.append({name: x.mean() for name, x in now.items()})
             if end:
                 self.end_round()
         if self.bar is not None:
@@ -114,18 +115,12 @@ class Journal:
         self.recorded = len(self.rows)
 
     def _check_finite(self, loss: np.ndarray | None, state: State) -> None:
-        """Stops at the first step whose loss is not finite."""
+        """Stops at a step where a worker's loss is not finite."""
         if loss is None or np.isfinite(loss).all():
             return
-        bad = ~np.isfinite(loss)
-        row = int(bad.any(axis=1).argmax())
         self._write()
-        raise NonFiniteLossError(
-            self.step + row + 1,
-            np.flatnonzero(bad[row]).tolist(),
-            self.history(),
-            state,
-        )
+        workers = np.flatnonzero(~np.isfinite(loss)).tolist()
+        raise NonFiniteLossError(self.step, workers, self.history(), state)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
+from localsgd_jax import checks
 from localsgd_jax.base import PyTree
 
 
@@ -34,6 +35,7 @@ def deal(
       An iterator of batches with leaves `(K, B, ...)`.
 
     Raises:
+      TypeError: if a number is not an int.
       ValueError: if the leaves do not count the same examples, there are none, or a
         number is out of range.
 
@@ -44,13 +46,9 @@ def deal(
       [0, 1, 2, 3, 4, 5]
     """
     count = _count(data)
-    for name, value, least in (
-        ("workers", workers, 1),
-        ("batch", batch, 1),
-        ("start", start, 0),
-    ):
-        if value < least:
-            raise ValueError(f"deal({name}): it must be at least {least}, got {value}")
+    workers = checks.integer("deal(workers)", "workers", workers, 1)
+    batch = checks.integer("deal(batch)", "batch", batch, 1)
+    start = checks.integer("deal(start)", "start", start, 0)
     if batch > count // workers:
         raise ValueError(
             f"deal(batch): a batch must fit into a worker's shard of {count} // "

@@ -6,12 +6,10 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from localsgd_jax import fields, ledger
+from localsgd_jax import checks, fields, ledger
 from localsgd_jax.base import Algorithm, Cluster, Context, PyTree, RuleState, State
 
 LANE = "lane"
@@ -58,7 +56,7 @@ def simulate(
             f"{workers!r} for {axis!r}"
         )
     for size in sizes:
-        _check_count("simulate(workers)", size)
+        checks.integer("simulate(workers)", "a number of workers", size, 1)
     axes = dict(zip(names, sizes, strict=True))
     return _cluster(
         algorithm,
@@ -116,7 +114,7 @@ def on_mesh(
             )
     places = math.prod(mesh.shape[name] for name in names)
     workers = places if workers is None else workers
-    _check_count("on_mesh(workers)", workers)
+    checks.integer("on_mesh(workers)", "the number of workers", workers, 1)
     if workers % places:
         raise ValueError(
             f"on_mesh(workers): workers must be a multiple of the {places} places on "
@@ -212,7 +210,7 @@ def _cluster(
 
     @jax.jit
     def cluster_step(state: State, batch: PyTree) -> tuple[State, PyTree]:
-        _check_leading("step(state, batch)", batch, count)
+        checks.leading("step(state, batch)", batch, count)
         workers, metrics = step(state.workers, batch)
         return state._replace(step=state.step + 1, workers=workers), metrics
 
@@ -225,7 +223,7 @@ def _cluster(
         return State(state.step, turn, workers, own, agreed)
 
     def cluster_sync(state: State, weight: jax.Array | None = None) -> State:
-        return communicate(state, _check_weight(weight, count))
+        return communicate(state, checks.weight(weight, count))
 
     return Cluster(
         partial(_init, algorithm, count, mesh, tuple(axes)),
@@ -367,48 +365,11 @@ def _put(
     time: bool = False,
 ) -> PyTree:
     """Sends a host batch to the workers' devices."""
-    _check_leading("put(batch)", batch, count, int(time))
+    checks.leading("put(batch)", batch, count, int(time))
     if mesh is None:
         return jax.device_put(batch)
     spec = P(None, names) if time else P(names)
     return jax.device_put(batch, NamedSharding(mesh, spec))
-
-
-def _check_leading(call: str, batch: PyTree, count: int, position: int = 0) -> None:
-    """Refuses a batch whose worker axis does not have length K."""
-    for path, leaf in jax.tree.leaves_with_path(batch):
-        shape = jnp.shape(leaf)
-        if shape[position : position + 1] != (count,):
-            where = ("leading axis", "second axis")[position]
-            raise ValueError(
-                f"{call}: the {where} of every leaf must be the {count} workers, got "
-                f"shape {shape} at {jax.tree_util.keystr(path) or 'the root'}"
-            )
-
-
-def _check_weight(weight: jax.Array | None, count: int) -> jax.Array | None:
-    """Refuses weights of another shape and, where they are known, impossible ones."""
-    if weight is None:
-        return None
-    known = not isinstance(weight, Tracer)
-    values = np.asarray(weight) if known else weight
-    if values.shape != (count,):
-        raise ValueError(
-            f"sync(state, weight): weight must have shape ({count},), one for each "
-            f"worker, got {values.shape}"
-        )
-    if known and (bad := ~(np.isfinite(values) & (values >= 0))).any():
-        raise ValueError(
-            "sync(state, weight): weights must be finite and not negative, got "
-            f"{values[bad][0]} for worker {int(bad.argmax())}"
-        )
-    return jnp.asarray(weight, jnp.result_type(float))
-
-
-def _check_count(call: str, count: int) -> None:
-    """Refuses fewer than one worker."""
-    if isinstance(count, bool) or not isinstance(count, int | np.integer) or count < 1:
-        raise ValueError(f"{call}: it must be an int of at least 1, got {count!r}")
 
 
 def _as_tuple(value: str | int | Sequence) -> tuple:

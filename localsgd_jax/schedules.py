@@ -7,11 +7,12 @@ int with a bool, and for a traced int with a traced bool.
 import bisect
 import dataclasses
 import itertools
-import numbers
 from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
+
+from localsgd_jax import checks
 
 Step = int | jax.Array
 
@@ -76,7 +77,7 @@ def every(h: int) -> Schedule:
     References:
       Stich 2019, section 2; H there.
     """
-    h = _integer("every(h)", "h", h, 1)
+    h = checks.integer("every(h)", "h", h, 1)
     return Schedule(lambda t: (t > 0) & (t % h == 0), f"every({h})")
 
 
@@ -120,7 +121,7 @@ def at(steps: Iterable[int]) -> Schedule:
     References:
       Stich 2019, Definition 2.1.
     """
-    known = frozenset(_integer("at(steps)", "each step", t, 1) for t in steps)
+    known = frozenset(checks.integer("at(steps)", "each step", t, 1) for t in steps)
     if not known:
         raise ValueError("at(steps): at least one step is needed, got none")
     return Schedule(lambda t: _among(t, known), f"at({sorted(known)})")
@@ -152,8 +153,8 @@ def post_local(switch: int, h: int) -> Schedule:
       Lin, Stich, Patel, Jaggi, Don't Use Large Mini-batches, Use Local SGD, 2020,
       section 3. arXiv:1808.07217
     """
-    switch = _integer("post_local(switch, h)", "switch", switch, 0)
-    h = _integer("post_local(switch, h)", "h", h, 1)
+    switch = checks.integer("post_local(switch, h)", "switch", switch, 0)
+    h = checks.integer("post_local(switch, h)", "h", h, 1)
 
     def due(t: Step) -> bool | jax.Array:
         return (t > 0) & ((t <= switch) | ((t - switch) % h == 0))
@@ -188,9 +189,9 @@ def growing(h: int, rounds: int = 1, factor: int = 2) -> Schedule:
       Zhang, De Sa, Mitliagkas, Ré, Parallel SGD: When Does Averaging Help?, 2016.
       arXiv:1606.07365. Stich 2019 advises it where T is unknown.
     """
-    h = _integer("growing(h)", "h", h, 1)
-    rounds = _integer("growing(rounds)", "rounds", rounds, 1)
-    factor = _integer("growing(factor)", "factor", factor, 2)
+    h = checks.integer("growing(h)", "h", h, 1)
+    rounds = checks.integer("growing(rounds)", "rounds", rounds, 1)
+    factor = checks.integer("growing(factor)", "factor", factor, 2)
     early, period = [0], 1
     while period < h:
         early += [early[-1] + period * i for i in range(1, rounds + 1)]
@@ -243,7 +244,7 @@ def quadratic(
         raise TypeError(f"quadratic(lr_schedule, ...): not callable: {lr_schedule!r}")
     if not alpha > 0:
         raise ValueError(f"quadratic(alpha): alpha must be positive, got {alpha}")
-    h_base = _integer("quadratic(h_base)", "h_base", h_base, 1)
+    h_base = checks.integer("quadratic(h_base)", "h_base", h_base, 1)
 
     def period(t: Step) -> jax.Array:
         ratio = alpha / jnp.asarray(lr_schedule(t), jnp.float32)
@@ -278,12 +279,3 @@ def _among(t: Step, known: frozenset[int]) -> bool | jax.Array:
     if isinstance(t, jax.Array):
         return jnp.any(t == jnp.array(sorted(known), dtype=t.dtype))
     return t in known
-
-
-def _integer(call: str, name: str, value: int, least: int) -> int:
-    """Returns the value as an int; refuses another type or one that is too small."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{call}: {name} must be an int, got {value!r}")
-    if value < least:
-        raise ValueError(f"{call}: {name} must be at least {least}, got {value}")
-    return int(value)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from localsgd_jax import rounds, schedules
+from localsgd_jax import checks, rounds, schedules
 from localsgd_jax.base import Cluster, PyTree, State
 from localsgd_jax.feed import Queue
 from localsgd_jax.journal import History, Journal, open_bar
@@ -77,7 +77,10 @@ def train(
       (array([2, 4, 5]), array([ 4,  8, 12]))
     """
     schedule = every if callable(every) else schedules.every(every)
-    _check_arguments(steps, evaluate_every, chunk)
+    checks.integer("train(evaluate_every)", "evaluate_every", evaluate_every, 1)
+    checks.integer("train(chunk)", "chunk", chunk, 1)
+    if steps is not None:
+        checks.integer("train(steps)", "steps", steps, 1)
     run = _dispatcher(cluster, weight)
     journal = Journal(cluster, state, evaluate, record)
     queue = Queue(itertools.islice(batches, steps), cluster.put, chunk)
@@ -207,14 +210,3 @@ def _steps_to_look(
         if ended == until_look:
             return steps
     return limit
-
-
-def _check_arguments(steps: int | None, evaluate_every: int, chunk: int) -> None:
-    """Refuses numbers out of range and what is no schedule."""
-    for name, value in (
-        ("steps", steps),
-        ("evaluate_every", evaluate_every),
-        ("chunk", chunk),
-    ):
-        if value is not None and value < 1:
-            raise ValueError(f"train({name}): it must be at least 1, got {value}")

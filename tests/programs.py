@@ -39,8 +39,20 @@ def collectives(text: str) -> list[tuple[str, int]]:
 
 def unconditional(text: str) -> list[str]:
     """Lists the collectives that run even if no conditional takes its branch."""
+    return _reachable(computations(text), ["ENTRY"], skip=" conditional(")
+
+
+def in_loops(text: str) -> list[str] | None:
+    """Lists the collectives inside loops; None if there is no loop."""
     parts = computations(text)
-    seen, todo, found = set(), ["ENTRY"], []
+    loops = [line for lines in parts.values() for line in lines if " while(" in line]
+    bodies = [re.search(r"body=%?([\w.\-]+)", line)[1] for line in loops]
+    return _reachable(parts, bodies) if loops else None
+
+
+def _reachable(parts: dict, names: list[str], skip: str | None = None) -> list[str]:
+    """Lists the collectives of computations and of all that they call."""
+    seen, todo, found = set(), list(names), []
     while todo:
         name = todo.pop()
         if name in seen:
@@ -49,7 +61,7 @@ def unconditional(text: str) -> list[str]:
         for line in parts[name]:
             if match := COLLECTIVE.search(line):
                 found.append(match["name"])
-            if " conditional(" not in line:
+            if skip is None or skip not in line:
                 for one, many in CALLED.findall(line):
                     todo += [one] if one else re.findall(r"[\w.\-]+", many)
     return found

@@ -19,7 +19,7 @@ from click.testing import CliRunner
 
 import localsgd_jax as lsgd
 from localsgd_jax.cli import cli
-from localsgd_jax.experiments import choices, datasets, devices, logistic
+from localsgd_jax.experiments import choices, datasets, devices, logistic, run_directory
 
 ROOT = pathlib.Path(lsgd.__file__).parents[1]
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -383,6 +383,18 @@ def test_parameters_that_the_last_step_spoils_are_not_saved():
 )
 def test_bad_options_get_one_line(data, options, message):
     assert refused(f"train --data {data} {options}") == message
+
+
+def test_a_directory_that_exists_is_refused_before_the_data_is_touched(home):
+    (home / "run").mkdir()
+    assert refused("train --data none --out run") == "--out: run exists already"
+
+
+def test_a_directory_that_appears_meanwhile_is_kept(home):
+    (home / "run").mkdir()
+    with pytest.raises(FileExistsError):
+        run_directory.create(home / "run", {})
+    assert list((home / "run").iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def test_every_epoch_is_dealt_exactly_once(workers, batch, extra, seed):
 @given(numbers, numbers, numbers, numbers, st.integers(0, 9))
 def test_resuming_with_other_workers_repeats_and_loses_nothing(k, b, k2, b2, steps):
     count = 50
-    whole = dealt(count, 1, 1, steps=400).ravel()
+    whole = dealt(count, 1, 1, steps=600).ravel()
     before = dealt(count, k, b, steps=steps).ravel() if steps else np.array([], int)
     after = dealt(count, k2, b2, start=steps * k * b, steps=3).ravel()
     joined = np.concatenate([before, after])
@@ -65,9 +65,9 @@ def test_leaves_stay_together():
     "arguments, message",
     [
         ({"batch": 4}, r"shard of 10 // 3 = 3 examples, got 4"),
-        ({"batch": 0}, r"deal\(batch\): it must be at least 1, got 0"),
-        ({"workers": 0}, r"deal\(workers\): it must be at least 1, got 0"),
-        ({"start": -1}, r"deal\(start\): it must be at least 0, got -1"),
+        ({"batch": 0}, r"deal\(batch\): \w+ must be at least 1, got 0"),
+        ({"workers": 0}, r"deal\(workers\): \w+ must be at least 1, got 0"),
+        ({"start": -1}, r"deal\(start\): start must be at least 0, got -1"),
         ({"data": (np.ones(3), np.ones(4))}, r"same number of examples"),
         ({"data": np.ones((0, 3))}, r"at least one"),
         ({"data": np.float32(1)}, r"leading axis"),

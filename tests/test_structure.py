@@ -11,6 +11,7 @@ import localsgd_jax as lsgd
 PACKAGE = pathlib.Path(lsgd.__file__).parent
 FLOORS = {
     "base": 0,
+    "checks": 0,
     "collectives": 0,
     "fields": 0,
     "rules": 1,

@@ -1,0 +1,50 @@
+"""What is refused, in the words of the call that was made."""
+
+import numbers
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from localsgd_jax.base import PyTree
+
+
+def integer(call: str, name: str, value: int, least: int) -> int:
+    """Returns the value as an int; refuses another type or one that is too small."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{call}: {name} must be an int, got {value!r}")
+    if value < least:
+        raise ValueError(f"{call}: {name} must be at least {least}, got {value}")
+    return int(value)
+
+
+def leading(call: str, batch: PyTree, workers: int, position: int = 0) -> None:
+    """Refuses a batch whose worker axis does not have length K."""
+    for path, leaf in jax.tree.leaves_with_path(batch):
+        shape = np.shape(leaf)
+        if shape[position : position + 1] != (workers,):
+            where = ("leading axis", "second axis")[position]
+            raise ValueError(
+                f"{call}: the {where} of every leaf must be the {workers} workers, got "
+                f"shape {shape} at {jax.tree_util.keystr(path) or 'the root'}"
+            )
+
+
+def weight(values: jax.Array | None, workers: int) -> jax.Array | None:
+    """Refuses weights of another shape and, where they are known, impossible ones."""
+    if values is None:
+        return None
+    known = not isinstance(values, Tracer)
+    values = np.asarray(values) if known else values
+    if values.shape != (workers,):
+        raise ValueError(
+            f"sync(state, weight): weight must have shape ({workers},), one for each "
+            f"worker, got {values.shape}"
+        )
+    if known and (bad := ~(np.isfinite(values) & (values >= 0))).any():
+        raise ValueError(
+            "sync(state, weight): weights must be finite and not negative, got "
+            f"{values[bad][0]} for worker {int(bad.argmax())}"
+        )
+    return jnp.asarray(values, jnp.result_type(float))

@@ -35,7 +35,6 @@ def create(path: Path, config: Mapping) -> None:
     Raises:
       OSError: if it exists or cannot be made.
     """
-    refuse_existing(path)
     path.mkdir(parents=True)
     text = json.dumps({**config, "versions": versions()}, indent=2)
     (path / "config.json").write_text(text + "\n", encoding="utf-8")

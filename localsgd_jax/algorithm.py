@@ -80,9 +80,10 @@ def local_sgd(
     optimizer = optax.with_extra_args_support(optimizer)
 
     def scalar_loss(params: PyTree, batch: PyTree) -> tuple[jax.Array, PyTree]:
-        loss, aux = (
-            loss_fn(params, batch) if has_aux else (loss_fn(params, batch), None)
-        )
+        result = loss_fn(params, batch)
+        if not has_aux:
+            return _scalar(result), None
+        loss, aux = _pair("local_sgd(loss_fn, has_aux=True)", "(loss, aux)", result)
         return _scalar(loss), aux
 
     def train_step(worker: Worker, batch: PyTree) -> tuple[Worker, PyTree]:
@@ -120,7 +121,9 @@ def from_train_step(
     Args:
       train_step: `train_step(train_state, batch) -> (train_state, metrics)`, written
         for one worker. The state is a NamedTuple, a dataclass (Flax's `TrainState`)
-        or a dict, and a pytree.
+        or a dict, and a pytree. A typed key in it (`jax.random.key`) becomes another
+        key for each worker; a raw `jax.random.PRNGKey` is but numbers, and the same
+        for all.
       rule: a dict from field to rule; a bare rule means "params".
 
     Returns:
@@ -154,8 +157,10 @@ def from_train_step(
         return worker, _by_part(states)
 
     def step(worker: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
-        after, metrics = train_step(worker, batch)
-        _check_same(worker, after)
+        call = "from_train_step(train_step)"
+        result = train_step(worker, batch)
+        after, metrics = _pair(call, "(train_state, metrics)", result)
+        _check_same(call, "state", worker, after)
         return after, metrics
 
     def sync(
@@ -164,7 +169,11 @@ def from_train_step(
         trees, states = {}, {}
         for field, tree in fields.read(worker, rules).items():
             part = RuleState(state.agreed[field], state.own[field])
-            trees[field], states[field] = rules[field].apply(tree, part, context)
+            result = rules[field].apply(tree, part, context)
+            call = f"rule for the field {field!r}"
+            trees[field], states[field] = _pair(call, "(tree, RuleState)", result)
+            _check_same(call, "tree", tree, trees[field])
+            _check_same(call, "RuleState", part, states[field])
         return fields.write(worker, trees), _by_part(states)
 
     return Algorithm(init, step, sync)
@@ -180,14 +189,23 @@ def _by_part(states: Mapping[str, RuleState]) -> RuleState:
 
 def _init_rule(rule: SyncRule, field: str, tree: PyTree) -> RuleState:
     """Initialises a rule, and names the field if the rule refuses it."""
+    call = f"rule for the field {field!r}"
     try:
-        return rule.init(tree)
+        state = rule.init(tree)
     except (TypeError, ValueError) as error:
-        raise type(error)(f"rule for the field {field!r}: {error}") from None
+        raise type(error)(f"{call}: {error}") from None
+    if not isinstance(state, RuleState):
+        raise TypeError(f"{call}: init must return a RuleState, got {state!r}")
+    return state
 
 
 def _scalar(loss: jax.Array) -> jax.Array:
     """Returns the loss if it is a floating point scalar."""
+    if isinstance(loss, tuple):
+        raise TypeError(
+            "local_sgd(loss_fn): the loss must be a scalar, got a tuple; for "
+            "(loss, aux) pass has_aux=True"
+        )
     loss = jnp.asarray(loss)
     if loss.shape or not jnp.issubdtype(loss.dtype, jnp.floating):
         raise TypeError(
@@ -197,22 +215,28 @@ def _scalar(loss: jax.Array) -> jax.Array:
     return loss
 
 
-def _check_same(before: PyTree, after: PyTree) -> None:
-    """Refuses a step that changes the structure, a shape or a dtype of its state."""
+def _pair(call: str, form: str, result: tuple) -> tuple:
+    """Refuses a function that returns anything but a pair."""
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise TypeError(f"{call}: it must return {form}, got {result!r}")
+    return result
+
+
+def _check_same(call: str, what: str, before: PyTree, after: PyTree) -> None:
+    """Refuses a change of structure, of a shape or of a dtype."""
     old, new = map(dict, map(jax.tree.leaves_with_path, (before, after)))
     if (was := jax.tree.structure(before)) != (now := jax.tree.structure(after)):
         paths = sorted(map(jax.tree_util.keystr, old.keys() ^ new.keys()))
         where = f", which differ at {paths}" if paths else ""
         raise TypeError(
-            "from_train_step(train_step): the state must keep its structure, got "
-            f"{now} from {was}{where}"
+            f"{call}: the {what} must keep its structure, got {now} from {was}{where}"
         )
     for path, leaf in old.items():
         kept, got = map(_shape_and_dtype, (leaf, new[path]))
         if kept != got:
             raise TypeError(
-                "from_train_step(train_step): the state must keep its shapes and "
-                f"dtypes, got {got} from {kept} at {jax.tree_util.keystr(path)}"
+                f"{call}: the {what} must keep its shapes and dtypes, got {got} from "
+                f"{kept} at {jax.tree_util.keystr(path) or 'the root'}"
             )
 
 

@@ -96,7 +96,7 @@ class Journal:
         if self.evaluate and len(self.rows) > self.recorded:
             values = self.evaluate(consensus(state))
             values = values if isinstance(values, Mapping) else {"evaluation": values}
-            self.rows[-1] |= {name: float(value) for name, value in values.items()}
+            self.rows[-1] |= {name: _number(name, x) for name, x in values.items()}
         self._write()
 
     def history(self) -> History:
@@ -121,6 +121,16 @@ class Journal:
         self._write()
         workers = np.flatnonzero(~np.isfinite(loss)).tolist()
         raise NonFiniteLossError(self.step, workers, self.history(), state)
+
+
+def _number(name: str, value: object) -> float:
+    """Returns what `evaluate` gave as a float; refuses what is not one number."""
+    if np.ndim(value) or not np.issubdtype(np.asarray(value).dtype, np.number):
+        raise TypeError(
+            "train(evaluate): it must return a number or a dict of numbers, got "
+            f"{value!r} for {name!r}"
+        )
+    return float(np.asarray(value))
 
 
 @contextlib.contextmanager

@@ -279,7 +279,7 @@ def _together(
         return worker, state.own, state.agreed
 
     for name in reversed(list(sizes)):
-        # out_axes=None also proves that what is agreed does not depend on a worker.
+        # out_axes=None proves that what is agreed does not depend on a worker.
         one = jax.vmap(
             one,
             in_axes=(0, 0, None, None, 0),
@@ -292,9 +292,16 @@ def _together(
     def together(workers, own, agreed, turn, weight):
         split = partial(jax.tree.map, lambda x: x.reshape(*grid, *x.shape[1:]))
         join = partial(jax.tree.map, lambda x: x.reshape(-1, *x.shape[len(grid) :]))
-        workers, own, agreed = one(
-            split(workers), split(own), agreed, turn, split(weight)
-        )
+        parts = split(workers), split(own), agreed, turn, split(weight)
+        try:
+            workers, own, agreed = one(*parts)
+        except ValueError as error:
+            if "out_axes" not in str(error):
+                raise
+            raise ValueError(
+                "rule: RuleState.agreed must be computed from reduced values and from "
+                "itself, but depends on a worker's own"
+            ) from error
         return join(workers), join(own), agreed
 
     return together

@@ -53,10 +53,10 @@ def train(
 
     Returns:
       The state and the history: NumPy columns with an entry for each round. "step" and
-      "round" at its end; "seconds" since the start; "bytes" sent so far by each worker
-      (what it would send with a link of its own); the mean over the round of every
-      metric that is one number for each worker, such as "loss"; and what `evaluate`
-      gave, NaN for rounds that were not evaluated.
+      "round" at its end; "seconds", compilation included, and "bytes" sent by each
+      worker, as if it had a link of its own, both since this call began; the mean over
+      the round of every metric that is one number for each worker, such as "loss"; and
+      what `evaluate` gave, NaN for rounds that were not evaluated.
 
     Raises:
       NonFiniteLossError: when the metric "loss" of a worker is NaN or infinite; it

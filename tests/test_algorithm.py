@@ -254,12 +254,49 @@ def test_bad_input(call, error, message):
     [
         (lambda w, b: (w - b) * jnp.ones(3), r"got float32 of shape \(3,\)"),
         (lambda w, b: jnp.int32(1), r"got int32 of shape \(\)"),
+        (lambda w, b: (w - b, 1), r"got a tuple; for \(loss, aux\) pass has_aux=True"),
     ],
 )
 def test_a_loss_that_is_no_scalar_is_refused(loss_fn, message):
     verbs = lsgd.simulate(made(loss_fn), 2)
     with pytest.raises(TypeError, match=message):
         verbs.step(verbs.init(0.0), jnp.zeros(2))
+
+
+def rule_that(apply):
+    return lsgd.SyncRule(lambda tree: lsgd.RuleState(), apply)
+
+
+@pytest.mark.parametrize(
+    "rule, message",
+    [
+        (rule_that(lambda tree, state, context: tree), r"it must return \(tree, Rule"),
+        (
+            rule_that(lambda t, state, context: (t.astype(jnp.float16), state)),
+            r"field 'params': the tree must keep.*float16\[2\] from float32\[2\]",
+        ),
+        (
+            rule_that(lambda tree, state, context: (tree, lsgd.RuleState(own=tree))),
+            "the RuleState must keep its structure",
+        ),
+    ],
+)
+def test_a_rule_that_breaks_its_promise_is_refused(rule, message):
+    verbs = lsgd.simulate(lsgd.from_train_step(lambda s, b: (s, b), rule), 2)
+    with pytest.raises(TypeError, match=message):
+        verbs.sync(verbs.init(STATE))
+
+
+def test_a_rule_without_a_state_is_refused():
+    rule = lsgd.SyncRule(lambda tree: None, lambda tree, state, context: (tree, state))
+    with pytest.raises(TypeError, match="'params': init must return a RuleState"):
+        init(rule)
+
+
+def test_a_train_step_that_returns_no_pair_is_refused():
+    verbs = lsgd.simulate(lsgd.from_train_step(lambda s, b: s, lsgd.keep()), 2)
+    with pytest.raises(TypeError, match=r"it must return \(train_state, metrics\)"):
+        verbs.step(verbs.init(STATE), jnp.zeros(2))
 
 
 def test_python_numbers_are_parameters_too():

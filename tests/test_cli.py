@@ -204,7 +204,10 @@ def test_the_summary_says_what_the_history_says(data):
     result = call(f"train --data {data} --out run {QUICK}")
     config, rows = read("run")
     assert "80 examples, 3 features; 8 workers on 8 cpu devices" in result.stdout
-    assert "40 steps in 10 rounds, 0.00021 MB sent by each worker" in result.stdout
+    assert (
+        "40 steps and 10 rounds of communication, 0.00021 MB sent by each worker"
+        in result.stdout
+    )
     gap, minimum = rows[-1]["suboptimality"], config["f_star"]
     assert f"f - f* = {gap:.4g}, f* = {minimum:.15f}" in result.stdout
 
@@ -329,7 +332,7 @@ def test_parameters_that_the_last_step_spoils_are_not_saved():
         ),
         (
             "--workers 81 --batch 1",
-            "--batch must fit into a worker's shard of 80 // 81 = 0 examples, got 1",
+            "--workers must be at most the 80 examples, got 81",
         ),
         ("--out .", "--out: . exists already"),
         ("--out toy.txt", "--out: toy.txt exists already"),

@@ -42,7 +42,7 @@ def test_what_is_agreed_cannot_be_a_workers_own():
     )
     verbs = lsgd.simulate(algorithm(rule), 8)
     state, _ = verbs.step(verbs.init(network()), batches(1)[0])
-    with pytest.raises(ValueError, match="out_axes"):
+    with pytest.raises(ValueError, match="agreed must be computed from reduced values"):
         verbs.sync(state)
 
 

@@ -351,6 +351,12 @@ def test_few_programs_are_compiled():
             r"8 workers, got shape \(2, 5",
         ),
         ({"batches": [batches(1)[0], [1.0]]}, TypeError, "one structure"),
+        (
+            {"evaluate": lambda p: np.ones(2)},
+            TypeError,
+            r"train\(evaluate\).*array\(\[",
+        ),
+        ({"evaluate": lambda p: {"a": "x"}}, TypeError, r"got 'x' for 'a'"),
         ({"weight": np.ones(3)}, ValueError, r"shape \(8,\).*got \(3,\)"),
         (
             {"weight": np.full(8, -1.0)},

@@ -23,6 +23,7 @@ SCHEDULES = (
     "at:STEP,STEP,...",
 )
 PERIOD = 8
+_WITHOUT_PERIOD = ("never", "at")
 
 
 def peak_learning_rate(optimizer: str, curvature: float) -> float:
@@ -94,13 +95,32 @@ def parse_schedule(
         raise ValueError(f"--schedule: one of {', '.join(SCHEDULES)}, got {text!r}")
     if bool(argument) != (":" in known[name]) or (colon and not argument):
         raise ValueError(f"--schedule: it must read {known[name]}, got {text!r}")
-    if period is not None and name in ("never", "at"):
+    if period is not None and name in _WITHOUT_PERIOD:
         raise ValueError(f"--period: --schedule {name} has no period, got {period}")
-    h = PERIOD if period is None else period
+    h = resolve_period(text, period) or PERIOD
     try:
         return _MAKERS[name](argument, h, learning_rate)
     except (ValueError, OverflowError) as error:
         raise ValueError(f"--schedule {text}: {error}") from None
+
+
+def resolve_period(text: str, period: int | None) -> int | None:
+    """Returns the period H of a schedule, or None if it has none.
+
+    Args:
+      text: as for `parse_schedule`.
+      period: the one given, if any.
+
+    Returns:
+      H.
+
+    Example:
+      >>> resolve_period("every", None), resolve_period("at:3,7", None)
+      (8, None)
+    """
+    if text.partition(":")[0] in _WITHOUT_PERIOD:
+        return None
+    return PERIOD if period is None else period
 
 
 def _quadratic(argument: str, h: int, learning_rate: Callable) -> lsgd.Schedule:

@@ -146,7 +146,8 @@ def summary(result: dict) -> str:
         f"{config['data']}: {config['examples']} examples, {config['features']} "
         f"features; {config['workers']} workers on {config['devices']} "
         f"{config['platform']} devices\n"
-        f"{final['step']} steps in {final['round']} rounds, "
+        f"{final['step']} steps and {final['round']} rounds of "
+        f"communication, "
         f"{final['bytes'] / 1e6:.4g} MB sent by each worker, "
         f"{final['seconds']:.1f} s\n"
         f"f - f* = {final['suboptimality']:.4g}, f* = {config['f_star']:.15f}\n"
@@ -159,6 +160,7 @@ def _resolved(options: Options, problem: Problem, plan: Plan, peak: float) -> di
     known = options.data in datasets.KNOWN
     return options._asdict() | {
         "data": options.data if known else str(Path(options.data).resolve()),
+        "period": choices.resolve_period(options.schedule, options.period),
         "learning_rate": peak,
         "devices": plan.mesh.size,
         "platform": plan.mesh.devices.flat[0].platform,
@@ -174,6 +176,10 @@ def _resolved(options: Options, problem: Problem, plan: Plan, peak: float) -> di
 def _check_batch(dataset: datasets.Dataset, options: Options) -> None:
     """Refuses batches larger than a worker's shard."""
     count = dataset.examples
+    if options.workers > count:
+        raise ValueError(
+            f"--workers must be at most the {count} examples, got {options.workers}"
+        )
     if options.batch > (shard := count // options.workers):
         raise ValueError(
             f"--batch must fit into a worker's shard of {count} // {options.workers} "

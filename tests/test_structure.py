@@ -3,6 +3,7 @@
 import ast
 import inspect
 import pathlib
+import sys
 
 import pytest
 
@@ -99,16 +100,6 @@ def test_collectives_and_meshes_have_one_home(words, home):
 
 def test_the_core_needs_only_jax_and_optax():
     allowed = {"jax", "optax", "numpy", "localsgd_jax"}
-    standard = {"bisect", "collections", "contextlib", "dataclasses", "functools"}
-    standard |= {
-        "importlib",
-        "itertools",
-        "math",
-        "numbers",
-        "threading",
-        "time",
-        "typing",
-    }
     for path in FILES:
         if FLOORS.get(module(path), 0) == 5:
             continue
@@ -119,7 +110,9 @@ def test_the_core_needs_only_jax_and_optax():
             elif isinstance(node, ast.ImportFrom):
                 found = [node.module]
             for name in found:
-                assert name.split(".")[0] in allowed | standard, f"{path.name}: {name}"
+                assert name.split(".")[0] in allowed | sys.stdlib_module_names, (
+                    f"{path.name}: {name}"
+                )
 
 
 def test_public_names_are_sorted_and_exist():

@@ -50,7 +50,9 @@ def by_hand(verbs, batches, due, weight=None):
     return state, losses, ends
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
+@pytest.mark.parametrize(
+    "schedule", SCHEDULES, ids=lambda due: getattr(due, "name", "plain function")
+)
 @pytest.mark.parametrize("place", ["simulate", "lanes"])
 @pytest.mark.parametrize("chunk", [1, 5, 64])
 def test_training_is_by_hand_with_the_remainder(schedule, place, chunk):

@@ -1,4 +1,4 @@
-"""The commands `localsgd quickstart` and `localsgd train`."""
+"""The commands `localsgd quickstart`, `localsgd train` and `localsgd reproduce`."""
 
 import contextlib
 import json
@@ -10,6 +10,7 @@ import click
 from localsgd_jax.experiments.choices import OPTIMIZERS, PERIOD, SCHEDULES
 from localsgd_jax.experiments.run_directory import version
 from localsgd_jax.journal import NonFiniteLossError
+from localsgd_jax.reproduce.command import reproduce
 
 
 def _at_least(least: int) -> Callable:
@@ -170,3 +171,6 @@ def train(as_json: bool, **options) -> None:
             f"{error.workers}; the history so far is in {job.directory}"
         ) from None
     click.echo(json.dumps(result, indent=2) if as_json else summary(result))
+
+
+cli.add_command(reproduce)

@@ -1,0 +1,1 @@
+"""The experiments of the paper, each in a file of its own."""

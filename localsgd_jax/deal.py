@@ -29,7 +29,7 @@ def deal(
       workers: K.
       batch: B, examples for each worker and step; at most n // K.
       seed: of the shuffles.
-      start: examples that were dealt before, such as `state.step * K * B`.
+      start: examples that were dealt before, such as `int(state.step) * K * B`.
 
     Returns:
       An iterator of batches with leaves `(K, B, ...)`.
@@ -48,6 +48,7 @@ def deal(
     count = _count(data)
     workers = checks.integer("deal(workers)", "workers", workers, 1)
     batch = checks.integer("deal(batch)", "batch", batch, 1)
+    seed = checks.integer("deal(seed)", "seed", seed, 0)
     start = checks.integer("deal(start)", "start", start, 0)
     if batch > count // workers:
         raise ValueError(

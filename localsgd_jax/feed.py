@@ -20,7 +20,7 @@ class Queue:
         self.held, self.first = collections.deque(), None
 
     def ready(self) -> int:
-        """Reads ahead; returns how many batches from the front have one shape."""
+        """Reads ahead; returns how many batches from the front can be stacked."""
         while len(self.held) < self.ahead:
             try:
                 batch = next(self.batches)
@@ -38,7 +38,7 @@ class Queue:
         return self.put(jax.tree.map(_stack, *taken), time=True)
 
     def _shapes(self, batch: PyTree) -> tuple:
-        """Returns the shapes of the leaves; refuses another structure."""
+        """Returns what stacked leaves must share; refuses another structure."""
         structure = jax.tree.structure(batch)
         if self.first is None:
             self.first = structure
@@ -47,7 +47,10 @@ class Queue:
                 "train(batches): all batches must have one structure, got "
                 f"{structure} after {self.first}"
             )
-        return tuple(jnp.shape(leaf) for leaf in jax.tree.leaves(batch))
+        return tuple(
+            (np.shape(leaf), jax.dtypes.result_type(leaf))
+            for leaf in jax.tree.leaves(batch)
+        )
 
 
 def _stack(*leaves: jax.Array | np.ndarray) -> jax.Array | np.ndarray:

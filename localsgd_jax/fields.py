@@ -22,6 +22,8 @@ def read(state: PyTree, names: Iterable[str]) -> dict[str, PyTree]:
 
 def write(state: PyTree, values: Mapping[str, PyTree]) -> PyTree:
     """Returns the state with some fields replaced."""
+    if isinstance(state, dict):
+        return state | values  # Keeps a defaultdict and an OrderedDict what they are.
     if isinstance(state, Mapping):
         kind: Callable = type(state)
         return kind({**state, **values})

@@ -50,14 +50,15 @@ def simulate(
       (1024,)
     """
     names, sizes = _as_tuple(axis), _as_tuple(workers)
-    if len(names) != len(sizes):
+    if len(names) != len(sizes) or len(set(names)) != len(names):
         raise ValueError(
-            f"simulate(workers, axis): one size for each axis is needed, got "
+            f"simulate(workers, axis): one size for each of different axes, got "
             f"{workers!r} for {axis!r}"
         )
     for size in sizes:
         checks.integer("simulate(workers)", "a number of workers", size, 1)
     axes = dict(zip(names, sizes, strict=True))
+    _check_algorithm("simulate(algorithm)", algorithm)
     return _cluster(
         algorithm,
         axes,
@@ -106,12 +107,15 @@ def on_mesh(
       >>> cluster = lsgd.on_mesh(algorithm, mesh, workers=2 * jax.device_count())
     """
     names = _as_tuple(axis)
+    if not isinstance(mesh, Mesh):
+        raise TypeError(f"on_mesh(mesh): a jax.sharding.Mesh is needed, got {mesh!r}")
     for name in names:
         if name not in mesh.shape:
             raise ValueError(
                 f"on_mesh(mesh, axis={axis!r}): the mesh has the axes "
                 f"{mesh.axis_names}, and no {name!r}"
             )
+    _check_algorithm("on_mesh(algorithm)", algorithm)
     places = math.prod(mesh.shape[name] for name in names)
     workers = places if workers is None else workers
     checks.integer("on_mesh(workers)", "the number of workers", workers, 1)
@@ -382,3 +386,9 @@ def _put(
 def _as_tuple(value: str | int | Sequence) -> tuple:
     """Wraps a single name or size."""
     return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+def _check_algorithm(call: str, algorithm: Algorithm) -> None:
+    """Refuses what is not an algorithm, such as a rule."""
+    if not isinstance(algorithm, Algorithm):
+        raise TypeError(f"{call}: local_sgd or from_train_step make it: {algorithm!r}")

@@ -215,7 +215,8 @@ def quadratic(
 
     steps, decided at its start. A traced step replays all rounds from the first, which
     costs one evaluation of η per round so far; `train` asks with Python ints, for which
-    the rounds are remembered.
+    the rounds are remembered. Where η is 0 the round has no end: let a warm-up start
+    above it.
 
     Args:
       lr_schedule: η, from the count of local updates to the learning rate, such as an

@@ -1,5 +1,6 @@
 """One worker's algorithm: losses, train states of all kinds, and what is refused."""
 
+import collections
 import dataclasses
 from typing import NamedTuple
 
@@ -59,10 +60,12 @@ class Checked:
     seen: jax.Array
 
 
-@pytest.mark.parametrize("kind", [Named, Plain, Checked, dict])
+@pytest.mark.parametrize("kind", [Named, Plain, Checked, dict, collections.OrderedDict])
 def test_train_states_of_every_kind(kind):
     def train_step(state, batch):
-        read = state.get if kind is dict else lambda name: getattr(state, name)
+        read = (
+            state.get if isinstance(state, dict) else lambda name: getattr(state, name)
+        )
         return kind(params=read("params") + batch, seen=read("seen") + 1), batch
 
     verbs = lsgd.simulate(lsgd.from_train_step(train_step, lsgd.average()), 2)
@@ -126,6 +129,23 @@ def test_every_worker_gets_a_key_of_its_own():
     np.testing.assert_array_equal(draws["simulate"], draws["lanes"])
 
 
+def test_every_key_of_an_array_of_keys_becomes_another():
+    made = lsgd.from_train_step(lambda state, batch: (state, batch), lsgd.keep())
+    keys = jax.random.split(jax.random.key(0), 3)
+    state = lsgd.simulate(made, 4).init({"params": jnp.zeros(2), "keys": keys})
+    assert state.workers["keys"].shape == (4, 3)
+    raw = np.asarray(jax.random.key_data(state.workers["keys"])).reshape(12, -1)
+    assert len({tuple(row) for row in raw.tolist()}) == 12
+
+
+def test_complex_parameters_have_a_mean():
+    made = lsgd.from_train_step(lambda state, batch: (state, batch), lsgd.average())
+    verbs = lsgd.simulate(made, 2)
+    state = verbs.init({"params": jnp.zeros((), jnp.complex64)})
+    state.workers["params"] = jnp.array([1 + 2j, 3 - 6j], jnp.complex64)
+    assert verbs.sync(state).workers["params"].tolist() == [2 - 2j, 2 - 2j]
+
+
 def test_consensus_is_the_mean_in_float32_and_keeps_what_has_none():
     params = {"w": jnp.zeros(3, jnp.bfloat16), "n": jnp.int32(5)}
     verbs = lsgd.simulate(
@@ -134,6 +154,7 @@ def test_consensus_is_the_mean_in_float32_and_keeps_what_has_none():
     state = verbs.init({"w": params["w"], "params": params})
     rows = jnp.array([256.0] + [1.0] * 7, jnp.bfloat16)[:, None] * jnp.ones((1, 3))
     state.workers["params"]["w"] = rows.astype(jnp.bfloat16)
+    state.workers["params"]["n"] = jnp.arange(5, 13)
     mean = lsgd.consensus(state)
     assert mean["n"] == 5 and mean["w"].dtype == jnp.bfloat16
     np.testing.assert_array_equal(mean["w"], jnp.full(3, 32.875, jnp.bfloat16))

@@ -67,6 +67,7 @@ def test_leaves_stay_together():
         ({"batch": 4}, r"shard of 10 // 3 = 3 examples, got 4"),
         ({"batch": 0}, r"deal\(batch\): \w+ must be at least 1, got 0"),
         ({"workers": 0}, r"deal\(workers\): \w+ must be at least 1, got 0"),
+        ({"seed": -1}, r"deal\(seed\): seed must be at least 0, got -1"),
         ({"start": -1}, r"deal\(start\): start must be at least 0, got -1"),
         ({"data": (np.ones(3), np.ones(4))}, r"same number of examples"),
         ({"data": np.ones((0, 3))}, r"at least one"),

@@ -288,3 +288,24 @@ def test_a_chain_of_one_is_its_link(name):
     chain = lsgd.simulate(algorithm(lsgd.chain(RULES[name].rule)), WORKERS)
     state, _ = run(chain, batches(6), lsgd.every(2))
     assert_close(state.workers, link.workers)
+
+
+@pytest.mark.parametrize("place", ["simulate", "mesh", "lanes"])
+def test_both_parts_of_a_rules_state_in_numbers(place):
+    """The rule `anchored` of the table against NumPy, round by round."""
+    verbs = cluster(place, "anchored")
+    state = verbs.init(network())
+    anchor, velocity, own = network()["out"].astype(np.float64), 0.0, np.zeros((8, 4))
+    for turn, batch in enumerate(batches(3), 1):
+        state, _ = verbs.step(state, batch)
+        x = np.asarray(state.workers.params["out"], np.float64)
+        velocity = 0.9 * velocity + anchor - x.mean(0)
+        anchor = anchor - 0.7 * velocity
+        own = own + 0.1 * turn * (x - anchor[None])
+        state = verbs.sync(state)
+        agreed = state.agreed["params"]
+        np.testing.assert_allclose(agreed[0]["out"], anchor, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(agreed[1]["out"], velocity, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            state.own["params"]["out"], own, rtol=1e-4, atol=1e-5
+        )

@@ -59,7 +59,10 @@ def test_put_places_batches_where_the_workers_are():
     [
         (lambda: lsgd.simulate(MADE, 0), r"simulate\(workers\): .*at least 1, got 0"),
         (lambda: lsgd.simulate(MADE, 2.0), r"simulate\(workers\): .*got 2.0"),
-        (lambda: lsgd.simulate(MADE, (2, 4)), r"one size for each axis.*\(2, 4\)"),
+        (
+            lambda: lsgd.simulate(MADE, (2, 4)),
+            r"one size for each of different axes.*\(2, 4\)",
+        ),
         (
             lambda: lsgd.simulate(MADE, 8, lanes="scan"),
             r'"vmap" or "map", got \'scan\'',
@@ -69,6 +72,15 @@ def test_put_places_batches_where_the_workers_are():
             r"multiple of the 4 places on the mesh axes \('worker',\), got 6",
         ),
         (lambda: lsgd.on_mesh(MADE, mesh(worker=4), workers=0), "at least 1, got 0"),
+        (
+            lambda: lsgd.simulate(MADE, (2, 4), axis=("a", "a")),
+            r"different axes, got \(2, 4\) for \('a', 'a'\)",
+        ),
+        (
+            lambda: lsgd.simulate(lsgd.average(), 8),
+            r"local_sgd or from_train_step make",
+        ),
+        (lambda: lsgd.on_mesh(MADE, 8), r"a jax.sharding.Mesh is needed, got 8"),
         (
             lambda: lsgd.on_mesh(MADE, mesh(x=4)),
             r"axis='worker'\): the mesh has the axes \('x',\), and no 'worker'",
@@ -93,7 +105,7 @@ def test_batches_without_k_shares_are_refused(place, leaf, message):
     with pytest.raises(ValueError, match=message):
         verbs.step(verbs.init(network()), (leaf, np.zeros((8, 2))))
     with pytest.raises(ValueError, match="workers, got shape"):
-        verbs.put((leaf,))
+        verbs.put((np.zeros((8, 2)), leaf))
     with pytest.raises(ValueError, match="second axis"):
         verbs.put((np.zeros((8, 4)),), time=True)
 

@@ -85,7 +85,7 @@ def test_the_grid_runs_what_the_library_runs(examples):
         walk = simulation.advance(walk, sizes, period, until)
     found = np.asarray(simulation.outputs(walk))
     assert found.shape == (4, SHAPE.seeds, 2 * len(EXPONENTS), SIZE)
-    for seed, lane in itertools.product(range(SHAPE.seeds), range(4)):
+    for seed, lane in ((0, 0), (1, 1), (1, 3)):
         path = one_run(examples, period, steps, lane, seed)
         weights = [(np.arange(steps) + 1.0) ** power for power in range(3)]
         averages = [np.average(path[:-1], axis=0, weights=w) for w in weights]
@@ -119,6 +119,16 @@ def test_batches_are_drawn_with_replacement_from_all_examples(examples):
     assert drawn <= everything
     # 8000 draws of 1797: all but a share of exp(−8000/1797) = 1.2 % are met.
     assert 0.97 * len(everything) < len(drawn) < len(everything)
+
+
+def test_draws_differ_between_steps_workers_and_seeds(examples):
+    shape = grid.Shape(workers=2, batch=50, seeds=2)
+    parts = [
+        np.asarray(part)
+        for step in (0, 1)
+        for part in grid.draw(examples, jnp.int32(step), shape)[0]
+    ]
+    assert len({part.tobytes() for part in parts}) == len(parts) == 8
 
 
 def test_small_integers_are_stored_as_such_and_others_are_not():
@@ -261,7 +271,7 @@ def test_the_grid_is_extended_while_the_best_lies_on_its_edge():
     run, windows = fake_race(table)
     best = search._search(run, Options(lowest=-1, highest=1))
     assert windows == [(-1, 1), (2, 4), (5, 7)]
-    assert best == Best("reached", 40.0, 40, 40, "constant", 4, "last", 70.0)
+    assert best == Best("reached", 40.0, None, 40, 40, "constant", 4, "last", 70.0)
     run, windows = fake_race({-i: v for i, v in table.items()})
     best = search._search(run, Options(lowest=-1, highest=1))
     assert windows == [(-1, 1), (-4, -2), (-7, -5)]
@@ -375,6 +385,10 @@ def test_w8a_writes_its_files(finished):
         assert row["output"] in grid.OUTPUTS
         least, mean, most = (float(row[n]) for n in ("least", "iterations", "most"))
         assert 1 < least <= mean <= most
+        # Of two seeds.
+        assert float(row["deviation"]) == pytest.approx(
+            (most - least) / 2**0.5, abs=0.1
+        )
     assert rows[0]["iterations"] == rows[1]["iterations"]
     assert_pictures(directory, "w8a")
     speeds = {
@@ -487,7 +501,15 @@ def test_w8a_says_so_when_there_is_no_result(
     text = w8a.run(tmp_path, plan, digits_file, (25.0,))
     (row,) = read(tmp_path / "w8a.csv")
     assert row["status"] == status
-    blank = ("iterations", "least", "most", "step_size", "exponent", "output")
+    blank = (
+        "iterations",
+        "deviation",
+        "least",
+        "most",
+        "step_size",
+        "exponent",
+        "output",
+    )
     assert all(row[name] == "" for name in blank)
     assert said in text
     assert not (tmp_path / "w8a_speedup.csv").exists()

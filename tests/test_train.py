@@ -231,6 +231,24 @@ def test_a_smaller_last_batch_is_trained_too():
     assert history["step"].tolist() == [2, 4, 6, 7]
 
 
+def test_batches_of_another_dtype_are_not_stacked_with_the_rest():
+    """16777217 has no float32: promoted together with floats it would change."""
+
+    def train_step(state, batch):
+        return {"params": state["params"] + (batch == 16777217)}, batch
+
+    verbs = lsgd.simulate(lsgd.from_train_step(train_step, lsgd.average()), 2)
+    whole, real = np.full(2, 16777217, np.int32), np.zeros(2, np.float32)
+    state, _ = lsgd.train(
+        verbs,
+        verbs.init({"params": jnp.zeros(())}),
+        [real, whole, real, whole],
+        every=4,
+        progress=False,
+    )
+    assert state.workers["params"].tolist() == [2, 2]
+
+
 @pytest.mark.parametrize("every", [1, 4, lsgd.at([2, 3, 70])], ids=repr)
 def test_a_loss_that_is_no_number_stops_with_step_and_workers(every):
     verbs = cluster("lanes", "average")

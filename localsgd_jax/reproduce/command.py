@@ -98,7 +98,7 @@ def speedup_theory(quick: bool, out: Path, rho: float, epsilon: float) -> None:
 @click.option(
     "--seeds",
     type=click.IntRange(min=1),
-    help="How many.  [default: 5, or 3 with --quick]",
+    help="How many.  [default: 8, or 3 with --quick]",
 )
 @click.option(
     "--exponents",

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -41,7 +42,7 @@ def save(figure: Figure, directory: Path, name: str) -> None:
         figure.savefig(directory / f"{name}.svg", format="svg", metadata={"Date": None})
 
 
-def style(index: int, count: int) -> dict:
+def style(index: int, count: int) -> dict[str, Any]:
     """Returns how one of several curves looks, dark to light in their order.
 
     Legible for the colour-blind and in print; the markers say it once more.

@@ -75,9 +75,11 @@ def load(dataset: Dataset) -> Examples:
     # Drawing rows is bound by memory: small integers take a quarter of the time.
     with np.errstate(invalid="ignore"):
         small = dataset.features.astype(np.int8)
-    exact = (small != dataset.features).nnz == 0
-    dense = (small if exact else dataset.features.astype(np.float32)).toarray()
-    return Examples(jnp.asarray(dense), jnp.asarray(dataset.labels, jnp.float32))
+    exact = np.array_equal(small.data, dataset.features.data)
+    stored = small if exact else dataset.features.astype(np.float32)
+    return Examples(
+        jnp.asarray(stored.toarray()), jnp.asarray(dataset.labels, jnp.float32)
+    )
 
 
 def cluster(dataset: Dataset, sizes: StepSizes, shape: Shape) -> lsgd.Cluster:
@@ -138,6 +140,8 @@ def simulation(dataset: Dataset, examples: Examples, shape: Shape) -> Simulation
       A simulation that starts at x = 0.
     """
 
+    size = examples.features.shape[1]
+
     @partial(jax.jit, donate_argnums=0)
     def walk_on(
         walk: Walk,
@@ -161,7 +165,7 @@ def simulation(dataset: Dataset, examples: Examples, shape: Shape) -> Simulation
         return jax.lax.while_loop(lambda walk: walk.state.step < until, body, walk)
 
     def start(sizes: StepSizes) -> Walk:
-        zeros = jnp.zeros((len(sizes.scale), dataset.features.shape[1]))
+        zeros = jnp.zeros((len(sizes.scale), size))
         mean = jnp.zeros((shape.seeds, *zeros.shape))
         state = cluster(dataset, sizes, shape).init(zeros)
         return Walk(state, tuple(average.init(mean) for average in _averages()))

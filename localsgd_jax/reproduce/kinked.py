@@ -8,7 +8,7 @@ kink matters: on a quadratic the workers' mean takes the same path for every per
 
 from collections.abc import Callable
 from functools import cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -128,8 +128,8 @@ def _program(workers: int, batch: int, dimension: int) -> Callable:
 def _local_sgd(workers: int, a: jax.Array) -> tuple:
     """Returns the cluster and the average of the theorem, for a traced shift."""
 
-    def rate(step: jax.Array) -> jax.Array:
-        return 4 / (MU * (a + step))
+    def rate(count: Any) -> Any:
+        return 4 / (MU * (a + count))
 
     algorithm = lsgd.local_sgd(loss, optax.sgd(rate), lsgd.average())
     # Weights relative to the first keep float32 sums in range.

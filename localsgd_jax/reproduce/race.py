@@ -103,7 +103,7 @@ class Race:
 
     def arrival(self) -> Arrival:
         """Returns the result."""
-        hopeless = (self.error >= self.start).all(axis=0)
+        hopeless = np.all(self.error >= self.start, axis=0)
         return Arrival(self.step, self.output, hopeless)
 
     def _chosen(self, now: int, last: bool) -> np.ndarray:
@@ -128,7 +128,7 @@ class Race:
         self.error[chosen] = error
         arrived = np.zeros_like(chosen)
         arrived[chosen] = error <= self.target
-        runs = arrived.any(axis=0)
+        runs = np.any(arrived, axis=0)
         since = self.looked.copy()
         self.looked[chosen] = now
         with np.errstate(over="ignore"):

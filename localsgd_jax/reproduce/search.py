@@ -33,7 +33,7 @@ class Options(NamedTuple):
       limit: most steps of one worker.
     """
 
-    seeds: int = 5
+    seeds: int = 8
     lowest: int = -8
     highest: int = 1
     limit: int = 2**20
@@ -46,6 +46,7 @@ class Best(NamedTuple):
       status: "reached", "not reached", or "diverged" if no step size of the grid
         did better than x = 0.
       iterations: mean over seeds.
+      deviation: standard deviation over seeds, None for a single one.
       least: least over seeds.
       most: largest over seeds.
       step_size: "constant" or "decaying".
@@ -56,6 +57,7 @@ class Best(NamedTuple):
 
     status: str
     iterations: float | None = None
+    deviation: float | None = None
     least: int | None = None
     most: int | None = None
     step_size: str | None = None
@@ -100,7 +102,8 @@ def solver(
     """
     examples = grid.load(dataset)
     errors_of = objective.suboptimality(dataset, minimum)
-    start = float(errors_of(np.zeros((1, dataset.features.shape[1]), np.float32))[0])
+    origin = np.zeros((1, examples.features.shape[1]), np.float32)
+    start = float(errors_of(origin)[0])
 
     @cache
     def simulation(workers: int, batch: int) -> grid.Simulation:
@@ -130,8 +133,8 @@ def _search(race: Callable[[range, float], Race], options: Options) -> Best:
         window = _beyond(covered, best.exponent, len(window))
         if window is None:
             break
-        found = _winner(race(window, best.iterations), window)
-        if not found.iterations or found.iterations >= best.iterations:
+        found = _winner(race(window, _mean(best)), window)
+        if _mean(found) >= _mean(best):
             break
         best, covered = found, _union(covered, window)
     return best._replace(first_grid=first.iterations)
@@ -149,6 +152,7 @@ def _winner(contest: Race, window: range) -> Best:
     return Best(
         status="reached",
         iterations=round(float(means[winner]), 1),
+        deviation=round(float(steps.std(ddof=1)), 1) if len(steps) > 1 else None,
         least=int(steps.min()),
         most=int(steps.max()),
         step_size="constant" if winner < len(window) else "decaying",
@@ -164,6 +168,11 @@ def _beyond(covered: range, exponent: int | None, size: int) -> range | None:
     if exponent == covered[0]:
         return range(covered.start - size, covered.start)
     return None
+
+
+def _mean(best: Best) -> float:
+    """Returns the iterations, infinite if ε was not reached."""
+    return np.inf if best.iterations is None else best.iterations
 
 
 def _union(one: range, other: range) -> range:

@@ -1,6 +1,6 @@
 """The paper's grid of step sizes, and SGD with a step size for each row."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -74,13 +74,13 @@ def per_row_sgd(sizes: StepSizes, count: int) -> optax.GradientTransformation:
       An optax optimizer for parameters `(S, d)`.
     """
 
-    def init(params: jax.Array) -> jax.Array:
+    def scaled(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        del params
+        rate = learning_rate(sizes, state, count)
+        return -rate[:, None] * updates, state + 1
+
+    def init(params: Any) -> Any:
         del params
         return jnp.zeros((), jnp.int32)
 
-    def update(grad: jax.Array, step: jax.Array, params: jax.Array | None = None):
-        del params
-        rate = learning_rate(sizes, step, count)
-        return -rate[:, None] * grad, step + 1
-
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformation(init, scaled)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 
@@ -46,7 +47,7 @@ def _panel(axes: Axes, rows: Sequence[dict]) -> None:
         style = figures.style(i, len(periods))
         axes.plot(*_curve(rows, largest, period), label=f"H = {period}", **style)
         for epsilon in smaller:
-            hollow = style | {"markerfacecolor": "white", "linestyle": "none"}
+            hollow: dict[str, Any] = {**style, "mfc": "white", "linestyle": "none"}
             axes.plot(*_curve(rows, epsilon, period), **hollow)
     for epsilon in smaller:
         axes.plot([], [], "o", color="0.4", mfc="white", label=f"ε = {epsilon:g}")

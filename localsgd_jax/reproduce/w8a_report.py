@@ -119,8 +119,8 @@ def _compare(rows: Sequence[dict]) -> list[Verdict]:
     )
     return [
         Verdict(
-            f"iterations to 0.005 within {TOLERANCE:.0%} of an independent program's "
-            f"in each of {len(apart)} cells",
+            f"iterations to 0.005 within {TOLERANCE:.0%} of an independent program's, "
+            f"means of 3 seeds, in each of {len(apart)} cells",
             f"in {len(apart) - len(far)} of {len(apart)}; largest difference {shown}",
         )
     ]
@@ -156,8 +156,8 @@ def _largest(speeds: Sequence[dict], rho: float) -> list[tuple[float, int, dict]
         if row["rho"] == rho and row["workers"] > 1:
             groups.setdefault((row["epsilon"], row["batch"]), []).append(row)
     return [
-        (*key, max(rows, key=lambda row: row["speedup"]))
-        for key, rows in groups.items()
+        (epsilon, batch, max(rows, key=lambda row: row["speedup"]))
+        for (epsilon, batch), rows in groups.items()
     ]
 
 

@@ -516,14 +516,15 @@ def host_batches(steps, workers=4):
 
 def test_nobody_waits_for_a_worker_that_sleeps():
     """Worker 0 stays in its first round until the others have done 30."""
-    others = threading.Semaphore(0)
+    others, first_round = threading.Semaphore(0), [True]
 
     def pause(worker, seconds):
         if worker:
             others.release()
-        else:
+        elif first_round:
+            first_round.clear()
             for _ in range(30):
-                assert others.acquire(timeout=60)
+                assert others.acquire(timeout=120)
         return 0.0
 
     place = threads()
@@ -614,6 +615,14 @@ def broken_batches():
     raise BrokenError
 
 
+@pytest.fixture
+def interruptible():
+    """A process started in the background may have been told to ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def interrupting_pause(worker, seconds):
     if worker == 2:
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
@@ -631,7 +640,7 @@ def interrupting_pause(worker, seconds):
         (ValueError, lambda: [np.ones((4, 3)), np.ones((5, 3))], None),
     ],
 )
-def test_an_error_in_one_thread_ends_all(error, batches, pause):
+def test_an_error_in_one_thread_ends_all(error, batches, pause, interruptible):
     """Those who sleep wake up: the test would last for hours otherwise."""
     batches = list(batches()) if batches is not broken_batches else batches()
     quadratic = pause or error is BrokenError

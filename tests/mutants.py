@@ -138,8 +138,8 @@ MUTANTS = {
     ),
     "unshards the workers": Mutant(
         "placement.py",
-        "        return tuple(sharding.spec)",
-        "        return ()",
+        "P(*lead, *spec)",
+        "P(*lead)",
         "test_programs.py -k pieces",
     ),
     "gives all workers one key": Mutant(

@@ -296,6 +296,19 @@ def test_nothing_reached_has_no_number():
     assert windows == [(-1, 1)]
 
 
+def test_the_winner_is_named_by_its_place_on_the_grid():
+    window = range(-3, 0)
+    for place, expected in enumerate(
+        itertools.product(("constant", "decaying"), window)
+    ):
+        contest = race.Race((4, 2, 6), 0.01, 100.0, np.inf)
+        contest.step[:, place] = [30, 20]
+        contest.output[:, place] = 2
+        best = search._winner(contest, window)
+        assert (best.step_size, best.exponent) == expected
+        assert best[:5] == ("reached", 25.0, 7.1, 20, 30) and best.output == "linear"
+
+
 # The table.
 
 COLUMNS = ("name", "count", "share", "note")
@@ -345,7 +358,11 @@ def test_verdicts_are_written_line_by_line(tmp_path):
 # w8a in miniature, on handwritten digits.
 
 PLAN = w8a.Plan(
-    (w8a.Block(0.05, (2,), (1,), (1, 3)), w8a.Block(0.05, (2,), (2,), (3,))),
+    (
+        w8a.Block(0.05, (2,), (1,), (1, 3)),
+        w8a.Block(0.05, (2,), (2,), (3,)),
+        w8a.Block(0.05, (2,), (1,), (5,)),
+    ),
     Options(seeds=2, lowest=-6, highest=-4),
 )
 
@@ -378,7 +395,7 @@ def test_w8a_writes_its_files(finished):
     directory, text = finished
     rows = read(directory / "w8a.csv")
     pairs = [(row["workers"], row["period"]) for row in rows]
-    assert pairs == [("1", "1"), ("1", "3"), ("2", "3")]
+    assert pairs == [("1", "1"), ("1", "3"), ("2", "3"), ("1", "5")]
     for row in rows:
         assert row["status"] == "reached"
         assert row["step_size"] in ("constant", "decaying")
@@ -404,9 +421,9 @@ def test_w8a_writes_its_files(finished):
 
 
 def test_w8a_finds_what_a_plain_loop_finds(finished, digits_file):
-    """The winner of the last row, run again by the library's plain path."""
+    """The winner with two workers, run again by the library's plain path."""
     directory, _ = finished
-    row = read(directory / "w8a.csv")[-1]
+    row = read(directory / "w8a.csv")[2]
     dataset = datasets.load(digits_file)
     examples, shape = grid.load(dataset), grid.Shape(2, 2, 2)
     size = step_sizes(range(int(row["exponent"]), int(row["exponent"]) + 1))
@@ -443,13 +460,13 @@ def test_w8a_goes_on_where_it_was_interrupted(
     finished, digits_file, tmp_path, monkeypatch
 ):
     whole, _ = finished
-    solver, solved = search.solver, []
+    solver, solved, stop_after = search.solver, [], 1
 
     def counting(*arguments):
         solve = solver(*arguments)
 
         def once(cell):
-            if solved:
+            if len(solved) == stop_after:
                 raise KeyboardInterrupt
             solved.append(cell)
             return solve(cell)
@@ -463,8 +480,9 @@ def test_w8a_goes_on_where_it_was_interrupted(
     assert not (tmp_path / "w8a.txt").exists()
     with open(tmp_path / "w8a.csv", "a") as file:
         file.write("0.05,2,2,3,rea")
-    monkeypatch.undo()
+    stop_after = None
     w8a.run(tmp_path, PLAN, digits_file, (2.0,))
+    assert solved == [Cell(0.05, 2, 1, 1), Cell(0.05, 2, 2, 3)]
     for name in ("w8a.csv", "w8a_speedup.csv", "w8a.txt", "w8a.json", "w8a.svg"):
         assert (tmp_path / name).read_bytes() == (whole / name).read_bytes(), name
 

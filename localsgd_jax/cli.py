@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from localsgd_jax.experiments.choices import OPTIMIZERS, PERIOD, SCHEDULES
+from localsgd_jax.experiments.one_line import one_line
 from localsgd_jax.experiments.run_directory import version
 from localsgd_jax.journal import NonFiniteLossError
 from localsgd_jax.reproduce.command import reproduce
@@ -33,20 +34,6 @@ def _positive(context: click.Context, option: click.Parameter, value: float | No
             f"{option.opts[0]} must be positive and finite, got {value:g}"
         )
     return value
-
-
-@contextlib.contextmanager
-def _one_line(
-    kinds: tuple[type[Exception], ...] = (ValueError, TypeError, OSError),
-) -> Iterator[None]:
-    """Turns errors into one line, those that input can cause."""
-    try:
-        yield
-    except kinds as error:
-        text = str(error)
-        if isinstance(error, OSError) and error.filename is not None:
-            text = f"{error.filename}: {error.strerror}"
-        raise click.ClickException(" ".join(text.split())) from error
 
 
 @contextlib.contextmanager
@@ -89,9 +76,9 @@ def quickstart(figure: Path, steps: int, as_json: bool) -> None:
     """
     from localsgd_jax.experiments.quickstart import PERIODS, check_place, sweep, table
 
-    with _one_line():
+    with one_line():
         check_place(figure)
-    with _one_line((OSError,)), _progress(steps * len(PERIODS)) as advance:
+    with one_line((OSError,)), _progress(steps * len(PERIODS)) as advance:
         result = sweep(figure, steps, advance)
     click.echo(json.dumps(result, indent=2) if as_json else table(result))
 
@@ -160,10 +147,10 @@ def train(as_json: bool, **options) -> None:
     """
     from localsgd_jax.experiments.train import Options, execute, prepare, summary
 
-    with _one_line():
+    with one_line():
         job = prepare(Options(**options))
     try:
-        with _one_line((OSError,)), _progress(job.plan.steps) as advance:
+        with one_line((OSError,)), _progress(job.plan.steps) as advance:
             result = execute(job, advance)
     except NonFiniteLossError as error:
         raise click.ClickException(

@@ -738,6 +738,40 @@ def test_against_a_synchronous_run_that_waits(record_property):
     assert (gaps < 0.03).all()  # 0.59 at the start
 
 
+# --- What the aggregate was on the way.
+
+
+def test_without_stragglers_the_records_are_the_rounds_of_algorithm_1():
+    batches = whole_batches(12, 4)
+    cluster = lsgd.simulate(sgd(linear_loss), 4)
+    state, rounds = cluster.init(jnp.zeros(3)), []
+    one_round = jax.jit(lsgd.fused(cluster))
+    for i in range(0, 12, 3):
+        state, _ = one_round(state, jnp.stack(batches[i : i + 3]))
+        rounds.append(lsgd.consensus(state))
+    events = asynchronous.order(4, 12, 3)
+    for aggregation in (None, asynchronous.outer(optax.sgd(1.0))):
+        watched = asynchronous.recorded(aggregation, count=3, every=4)
+        place = asynchronous.simulate(sgd(linear_loss), events, watched)
+        state, _ = place.run(place.init(jnp.zeros(3)), jnp.stack(batches))
+        assert state.memory.writes == 16
+        # The fourth has no row and overwrites none.
+        np.testing.assert_allclose(state.memory.points, rounds[:3], 1e-6, 1e-6)
+        np.testing.assert_allclose(state.aggregate, rounds[3], 1e-6, 1e-6)
+
+
+def test_a_record_of_threads_continues_over_runs():
+    watched = asynchronous.recorded(count=8, every=2)
+    place = asynchronous.on_threads(sgd(linear_loss), jax.devices()[:1], watched)
+    state, seen = place.init(jnp.zeros(3)), []
+    for _ in range(3):
+        state, _ = place.run(state, [np.ones((1, 3), np.float32)] * 4, every=2)
+        seen.append(state.aggregate)
+    np.testing.assert_array_equal(state.memory.points[:3], seen)
+    np.testing.assert_array_equal(state.memory.points[3:], 0)
+    assert np.abs(np.diff(seen, axis=0)).min() > 0
+
+
 # --- Bad input.
 
 EVENTS = asynchronous.order(2, 4, 2)
@@ -825,6 +859,21 @@ EVENTS = asynchronous.order(2, 4, 2)
             lambda: asynchronous.polynomial(-0.5),
             ValueError,
             r"polynomial\(power\): it must be at least 0, got -0.5",
+        ),
+        (
+            lambda: asynchronous.recorded(count=0),
+            ValueError,
+            r"recorded\(count\): it must be at least 1, got 0",
+        ),
+        (
+            lambda: asynchronous.recorded(count=2, every=0.5),
+            TypeError,
+            r"recorded\(every\): it must be an int, got 0.5",
+        ),
+        (
+            lambda: asynchronous.recorded(0.7, count=2),
+            TypeError,
+            r"recorded\(aggregation\): an Aggregation is needed.*got 0.7",
         ),
         (
             lambda: asynchronous.outer(0.7),

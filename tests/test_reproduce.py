@@ -25,6 +25,7 @@ from localsgd_jax.reproduce import (
     rounds,
     search,
     speedup_theory,
+    stragglers,
     w8a,
     w8a_report,
 )
@@ -536,16 +537,23 @@ def test_w8a_says_so_when_there_is_no_result(
 def reached(batch, workers, period, first_grid):
     cell = {"epsilon": 0.005, "batch": batch, "workers": workers, "period": period}
     numbers = {"first_grid": first_grid, "iterations": first_grid / 2}
+    numbers |= {"deviation": first_grid / 20}
     return cell | numbers | {"status": "reached"}
 
 
 def test_the_comparison_names_the_cells_that_differ():
     rows = [reached(4, 1, 1, 18506 * 1.1), reached(4, 8, 64, 4017 * 0.8)]
     rows.append(reached(4, 128, 64, 1.0))  # Not among the independent numbers.
-    (verdict,) = w8a_report._compare(rows)
+    (verdict,) = w8a_report._compare(rows, seeds=6)
     assert "in each of 2 cells" in verdict.expected
-    assert verdict.seen == "in 1 of 2; largest difference -20% at b = 4, K = 8, H = 64"
-    assert w8a_report._compare(rows[2:]) == []
+    # A spread of 10 %, and √(1/3 + 1/6) = 0.707.
+    assert verdict.seen == (
+        "in 1 of 2; largest difference -20.0% (standard error 7.1%) at b = 4, K = 8, "
+        "H = 64"
+    )
+    alone = [row | {"deviation": None} for row in rows]
+    assert "-20.0% at b = 4" in w8a_report._compare(alone, seeds=1)[0].seen
+    assert w8a_report._compare(rows[2:], seeds=6) == []
 
 
 def test_the_plans_have_the_cells_asked_for():
@@ -705,7 +713,7 @@ def test_all_runs_every_experiment_with_its_defaults(tmp_path, monkeypatch):
 
         return run
 
-    for module in (speedup_theory, w8a, rounds, linear):
+    for module in (speedup_theory, w8a, rounds, linear, stragglers):
         name = module.__name__.rpartition(".")[2]
         monkeypatch.setattr(module, "run", recorder(name))
     result = CliRunner().invoke(reproduce, ["all", "--quick", "--out", str(tmp_path)])
@@ -715,6 +723,7 @@ def test_all_runs_every_experiment_with_its_defaults(tmp_path, monkeypatch):
         "w8a": (tmp_path, w8a.quick(), "w8a", (1.0, 25.0)),
         "rounds": (tmp_path, rounds.quick()),
         "linear": (tmp_path, linear.quick()),
+        "stragglers": (tmp_path, stragglers.quick(), "w8a"),
     }
     CliRunner().invoke(reproduce, ["rounds"])
     assert [str(called["rounds"][0]), called["rounds"][1]] == [

@@ -14,6 +14,7 @@ from localsgd_jax.asynchronous.aggregation import (
 )
 from localsgd_jax.asynchronous.events import Events, order, random_speeds, staleness
 from localsgd_jax.asynchronous.nesterov import DelayedNesterov, delayed_nesterov
+from localsgd_jax.asynchronous.recording import Recorded, recorded
 from localsgd_jax.asynchronous.simulation import simulate
 from localsgd_jax.asynchronous.state import Asynchronous, AsyncState
 from localsgd_jax.asynchronous.threads import on_threads, throughput
@@ -25,6 +26,7 @@ __all__ = [
     "Asynchronous",
     "DelayedNesterov",
     "Events",
+    "Recorded",
     "add",
     "constant",
     "delayed_nesterov",
@@ -33,6 +35,7 @@ __all__ = [
     "outer",
     "polynomial",
     "random_speeds",
+    "recorded",
     "simulate",
     "staleness",
     "throughput",

@@ -1,22 +1,11 @@
 """The command `localsgd reproduce`: the experiments of the paper."""
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import click
 
-
-@contextlib.contextmanager
-def _one_line() -> Iterator[None]:
-    """Turns what is wrong with the input into one line."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        text = str(error)
-        if isinstance(error, OSError) and error.filename is not None:
-            text = f"{error.filename}: {error.strerror}"
-        raise click.ClickException(" ".join(text.split())) from error
+from localsgd_jax.experiments.one_line import one_line
 
 
 def _out(context: click.Context, option: click.Parameter, value: Path | None) -> Path:
@@ -52,6 +41,12 @@ def reproduce() -> None:
     """
 
 
+_DATA = click.option(
+    "--data",
+    default="w8a",
+    show_default=True,
+    help="A known data set or a file in LIBSVM format to run on instead.",
+)
 _RHO = click.option(
     "--rho",
     type=click.FloatRange(min=0),
@@ -79,7 +74,7 @@ def speedup_theory(quick: bool, out: Path, rho: float, epsilon: float) -> None:
     del quick
     from localsgd_jax.reproduce import speedup_theory as experiment
 
-    with _one_line():
+    with one_line():
         click.echo(experiment.run(out, rho, epsilon), nl=False)
 
 
@@ -112,12 +107,7 @@ def speedup_theory(quick: bool, out: Path, rho: float, epsilon: float) -> None:
     type=click.IntRange(min=1),
     help="Steps after which ε counts as not reached.  [default: 1048576]",
 )
-@click.option(
-    "--data",
-    default="w8a",
-    show_default=True,
-    help="A known data set or a file in LIBSVM format to run on instead.",
-)
+@_DATA
 def w8a(quick: bool, out: Path, rhos: tuple, data: str, **changes) -> None:
     """Iterations to reach ε on w8a over K, H and b, and the speedup they give.
 
@@ -126,7 +116,7 @@ def w8a(quick: bool, out: Path, rhos: tuple, data: str, **changes) -> None:
     """
     from localsgd_jax.reproduce import w8a as experiment
 
-    with _one_line():
+    with one_line():
         plan = experiment.quick() if quick else experiment.full()
         plan = experiment.changed(plan, **changes)
         click.echo(experiment.run(out, plan, data, rhos), nl=False)
@@ -138,7 +128,7 @@ def rounds(quick: bool, out: Path) -> None:
     """How the period H may grow with T: as the square root of T/K, not faster."""
     from localsgd_jax.reproduce import rounds as experiment
 
-    with _one_line():
+    with one_line():
         plan = experiment.quick() if quick else experiment.full()
         click.echo(experiment.run(out, plan), nl=False)
 
@@ -149,9 +139,21 @@ def linear(quick: bool, out: Path) -> None:
     """Linear speedup: error × K at fixed T, and the K where it ends."""
     from localsgd_jax.reproduce import linear as experiment
 
-    with _one_line():
+    with one_line():
         plan = experiment.quick() if quick else experiment.full()
         click.echo(experiment.run(out, plan), nl=False)
+
+
+@reproduce.command("async")
+@_common
+@_DATA
+def stragglers(quick: bool, out: Path, data: str) -> None:
+    """Time to ε on w8a with slow workers, without and with waiting for them."""
+    from localsgd_jax.reproduce import stragglers as experiment
+
+    with one_line():
+        plan = experiment.quick() if quick else experiment.full()
+        click.echo(experiment.run(out, plan, data), nl=False)
 
 
 @reproduce.command("all")

@@ -123,7 +123,7 @@ def run(directory: Path, plan: Plan, data: str, rhos: tuple[float, ...]) -> str:
     missing = cells(plan)[len(table.rows) :]
     if missing:
         _fill(table, missing, plan, datasets.load(data))
-    return w8a_report.write(directory, table.rows, rhos)
+    return w8a_report.write(directory, table.rows, rhos, plan.options.seeds)
 
 
 def _fill(table: Table, missing: list[Cell], plan: Plan, dataset: Dataset) -> None:

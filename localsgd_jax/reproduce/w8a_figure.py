@@ -10,7 +10,7 @@ from localsgd_jax.reproduce import figures
 
 
 def draw(directory: Path, speeds: Sequence[dict]) -> None:
-    """Draws a row of panels for each price ρ and a column for each b.
+    """Draws a column of panels for each price ρ and a row for each b.
 
     Args:
       directory: where.
@@ -20,17 +20,18 @@ def draw(directory: Path, speeds: Sequence[dict]) -> None:
       OSError: if the figure cannot be written.
     """
     rhos, batches = _distinct(speeds, "rho"), _distinct(speeds, "batch")
-    figure = figures.new(4.2 * len(batches) + 1, 2.7 * len(rhos) + 0.4)
+    figure = figures.new(3.3 * len(rhos) + 1, 2.4 * len(batches) + 0.4)
     panels = figure.subplots(
-        len(rhos), len(batches), sharex=True, sharey="row", squeeze=False
+        len(batches), len(rhos), sharex=True, sharey="col", squeeze=False
     )
-    for line, rho in zip(panels, rhos, strict=True):
-        for axes, batch in zip(line, batches, strict=True):
+    for line, batch in zip(panels, batches, strict=True):
+        for axes, rho in zip(line, rhos, strict=True):
             here = [r for r in speeds if (r["rho"], r["batch"]) == (rho, batch)]
             _panel(axes, here)
             price = f"ρ = {rho:g}" if rho else "communication free"
             figures.finish(axes, f"b = {batch}, {price}", "workers K", "speedup")
-            axes.label_outer()
+            axes.label_outer(remove_inner_ticks=False)
+            axes.tick_params(labelleft=True)
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right center")
     largest = max(_distinct(speeds, "epsilon"))
     figure.suptitle(f"w8a: speedup to f − f* = {largest:g}")

@@ -44,13 +44,16 @@ INDEPENDENT = {
 }
 
 
-def write(directory: Path, rows: Sequence[dict], rhos: Sequence[float]) -> str:
+def write(
+    directory: Path, rows: Sequence[dict], rhos: Sequence[float], seeds: int
+) -> str:
     """Writes the speedups, the figure and the verdict.
 
     Args:
       directory: where.
       rows: of the table.
       rhos: prices of communication ρ.
+      seeds: of which the rows are means.
 
     Returns:
       The verdict.
@@ -59,7 +62,7 @@ def write(directory: Path, rows: Sequence[dict], rhos: Sequence[float]) -> str:
     if speeds:
         output.write_rows(directory / "w8a_speedup.csv", speeds)
         w8a_figure.draw(directory, speeds)
-    verdicts = [*_compare(rows), *_summarise(speeds, rhos), *_missing(rows)]
+    verdicts = [*_compare(rows, seeds), *_summarise(speeds, rhos), *_missing(rows)]
     return output.write_verdicts(directory, "w8a", verdicts)
 
 
@@ -102,20 +105,21 @@ def _speedup(row: dict, base: float, rho: float) -> float:
     return float(f"{base / row['iterations'] / price:.4g}")
 
 
-def _compare(rows: Sequence[dict]) -> list[Verdict]:
+def _compare(rows: Sequence[dict], seeds: int) -> list[Verdict]:
     """Holds the iterations against the independent ones."""
-    apart = {}
+    apart, doubt = {}, {}
     for row in rows:
         key = (row["batch"], row["workers"], row["period"])
         if row["epsilon"] == 0.005 and key in INDEPENDENT and row["first_grid"]:
             apart[key] = row["first_grid"] / INDEPENDENT[key] - 1
+            doubt[key] = _standard_error(row, seeds)
     if not apart:
         return []
     far = {key: gap for key, gap in apart.items() if abs(gap) > TOLERANCE}
     worst = max(apart, key=lambda key: abs(apart[key]))
-    listed = {worst: apart[worst]} | far
     shown = ", ".join(
-        f"{gap:+.0%} at b = {b}, K = {k}, H = {h}" for (b, k, h), gap in listed.items()
+        f"{gap:+.1%}{doubt[b, k, h]} at b = {b}, K = {k}, H = {h}"
+        for (b, k, h), gap in ({worst: apart[worst]} | far).items()
     )
     return [
         Verdict(
@@ -124,6 +128,15 @@ def _compare(rows: Sequence[dict]) -> list[Verdict]:
             f"in {len(apart) - len(far)} of {len(apart)}; largest difference {shown}",
         )
     ]
+
+
+def _standard_error(row: dict, seeds: int) -> str:
+    """Says how far apart a mean of 3 seeds and one of ours lie by chance."""
+    if row["deviation"] is None:
+        return ""
+    spread = row["deviation"] / row["iterations"]
+    error = spread * (1 / 3 + 1 / seeds) ** 0.5
+    return f" (standard error {error:.1%})"
 
 
 def _summarise(speeds: Sequence[dict], rhos: Sequence[float]) -> list[Verdict]:

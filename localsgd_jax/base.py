@@ -38,16 +38,29 @@ class RuleState(NamedTuple):
     own: PyTree = ()
 
 
+class Rows(NamedTuple):
+    """A part of `RuleState.own` that differs between workers from the beginning.
+
+    Attributes:
+      tree: leaves `(K, ...)`, a row for each worker; what is not in `Rows` is repeated.
+    """
+
+    tree: PyTree
+
+
 class SyncRule(NamedTuple):
     """How workers agree, written from one worker's point of view.
 
     Attributes:
       init: `init(tree) -> RuleState`.
       apply: `apply(tree, state, context) -> (tree, RuleState)`.
+      mean_over: the worker axes, () for all of them, if the rule is the plain weighted
+        mean over them; rules that change how a mean travels ask for it. Else None.
     """
 
     init: Callable[[PyTree], RuleState]
     apply: Callable[[PyTree, RuleState, Context], tuple[PyTree, RuleState]]
+    mean_over: tuple[str, ...] | None = None
 
 
 class Algorithm(NamedTuple):

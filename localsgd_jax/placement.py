@@ -10,7 +10,15 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from localsgd_jax import checks, fields, ledger
-from localsgd_jax.base import Algorithm, Cluster, Context, PyTree, RuleState, State
+from localsgd_jax.base import (
+    Algorithm,
+    Cluster,
+    Context,
+    PyTree,
+    Rows,
+    RuleState,
+    State,
+)
 
 LANE = "lane"
 
@@ -326,22 +334,36 @@ def _init(
     def many(one: State) -> State:
         # Copies, since a buffer that stands in two places cannot be donated.
         copied = jax.tree.map(lambda x: _strong(jnp.copy(x)), one)
-        spread = partial(jax.tree.map, partial(_spread, count))
+        spread = partial(jax.tree.map, partial(_spread, count), is_leaf=_is_rows)
         return copied._replace(workers=spread(copied.workers), own=spread(copied.own))
 
     if mesh is None:
         return jax.jit(many)(one)
     within = partial(_within, mesh, names)
     split = partial(_within, mesh, names, lead=(names,))
+    rows = NamedSharding(mesh, P(names))
     shardings = jax.tree.map(within, one)._replace(
-        workers=jax.tree.map(split, one.workers), own=jax.tree.map(split, one.own)
+        workers=jax.tree.map(split, one.workers),
+        own=jax.tree.map(
+            lambda x: jax.tree.map(lambda _: rows, x) if _is_rows(x) else split(x),
+            one.own,
+            is_leaf=_is_rows,
+        ),
     )
     placed = jax.tree.map(lambda x: jax.device_put(x, within(x)), one)
     return jax.jit(many, out_shardings=shardings)(placed)
 
 
-def _spread(count: int, x: jax.Array) -> jax.Array:
+def _is_rows(x: PyTree) -> bool:
+    """Returns whether a part has its row for each worker already."""
+    return isinstance(x, Rows)
+
+
+def _spread(count: int, x: jax.Array | Rows) -> jax.Array | Rows:
     """Repeats a leaf for K workers; a PRNG key becomes another key for each."""
+    if isinstance(x, Rows):
+        checks.leading("init(params): rows of the rule's own state", x.tree, count)
+        return x
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         keys = x.reshape(-1)
         fold = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (None, 0))

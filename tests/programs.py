@@ -19,7 +19,7 @@ CALLED = re.compile(
 def computations(text: str) -> dict[str, list[str]]:
     """Splits a program into its computations; the entry is called ENTRY."""
     found, name = {}, None
-    for line in text.splitlines():
+    for line in re.sub(r"/\*.*?\*/", "", text).splitlines():
         if opening := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$", line):
             name = "ENTRY" if opening[1] else opening[2]
             found[name] = []
@@ -32,7 +32,7 @@ def collectives(text: str) -> list[tuple[str, int]]:
     """Lists each collective with the bytes of its result."""
     return [
         (match["name"], size(match["type"]))
-        for line in text.splitlines()
+        for line in re.sub(r"/\*.*?\*/", "", text).splitlines()
         if (match := COLLECTIVE.search(line))
     ]
 

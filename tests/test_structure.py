@@ -15,6 +15,7 @@ FLOORS = {
     "checks": 0,
     "collectives": 0,
     "fields": 0,
+    "trees": 0,
     "rules": 1,
     "schedules": 1,
     "ledger": 1,

@@ -129,28 +129,36 @@ def test_nesterov_by_hand():
     np.testing.assert_allclose(seen, [0.468, -0.2908, -1.25372], atol=1e-6)
 
 
-@pytest.mark.parametrize("step_size", [0.5, 0.8])
-def test_one_worker_with_sgd_outside_is_lookahead(step_size):
-    """To the last bit, operation by operation: a compiler may fuse in other places."""
+@pytest.mark.parametrize(
+    "inner, steps, tolerance",
+    [(optax.sgd(0.25), 10, 0.0), (optax.adam(0.1), 25, 3e-7)],
+    ids=["sgd", "adam"],
+)
+def test_one_worker_with_sgd_outside_is_lookahead(inner, steps, tolerance):
+    """To 0.0 where float32 is exact. optax rounds its fast weights in another order."""
 
     def loss_fn(params, batch=None):
-        return jnp.sum(jnp.arange(1.0, 4.0) * (params - 3) ** 2)
+        return jnp.sum((params - jnp.arange(1.0, 4.0)) ** 2)
 
-    fast = optax.lookahead(optax.adam(0.1), 5, step_size)
-    made = lsgd.local_sgd(loss_fn, optax.adam(0.1), rule=lsgd.lookahead(step_size))
+    fast = optax.lookahead(inner, 5, 0.5)
+    params = optax.LookaheadParams.init_synced(jnp.zeros(3))
+    opt_state = fast.init(params)
+    made = lsgd.local_sgd(loss_fn, inner, rule=lsgd.lookahead(0.5))
     cluster = lsgd.simulate(made, workers=1)
-    with jax.disable_jit():
-        params = optax.LookaheadParams.init_synced(jnp.zeros(3))
-        opt_state, state = fast.init(params), cluster.init(jnp.zeros(3))
-        for t in range(1, 26):
-            updates, opt_state = fast.update(
-                jax.grad(loss_fn)(params.fast), opt_state, params
-            )
-            params = optax.apply_updates(params, updates)
-            state, _ = cluster.step(state, jnp.zeros((1, 1)))
-            state = cluster.sync(state) if t % 5 == 0 else state
-            np.testing.assert_array_equal(state.workers.params[0], params.fast)
-            np.testing.assert_array_equal(state.agreed["params"].anchor, params.slow)
+    state = cluster.init(jnp.zeros(3))
+    for t in range(1, steps + 1):
+        grads = jax.grad(loss_fn)(params.fast)
+        updates, opt_state = fast.update(grads, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        state, _ = cluster.step(state, jnp.zeros((1, 1)))
+        state = cluster.sync(state) if t % 5 == 0 else state
+        anchor = state.agreed["params"].anchor
+        for left, right in (
+            (state.workers.params[0], params.fast),
+            (anchor, params.slow),
+        ):
+            np.testing.assert_allclose(left, right, rtol=tolerance, atol=tolerance)
+    assert float(jnp.abs(anchor).min()) > 0.5
 
 
 def test_lookahead_by_hand():

@@ -1,14 +1,11 @@
 """How workers agree, one family of rules per file."""
 
 from localsgd_jax.rules.combine import chain, keep, when
-from localsgd_jax.rules.compress import cast, quantize, signs, topk
-from localsgd_jax.rules.delay import delay, overlap
-from localsgd_jax.rules.elastic import elastic, mix
-from localsgd_jax.rules.flatten import flatten
-from localsgd_jax.rules.fragment import fragment
-from localsgd_jax.rules.gossip import gossip
+from localsgd_jax.rules.compression import cast, quantize, signs, topk
+from localsgd_jax.rules.elastic_averaging import elastic, mix
 from localsgd_jax.rules.mean import average
-from localsgd_jax.rules.outer import (
+from localsgd_jax.rules.neighbours import gossip
+from localsgd_jax.rules.outer_optimizer import (
     diloco,
     fedadam,
     fedavgm,
@@ -17,7 +14,10 @@ from localsgd_jax.rules.outer import (
     shard,
     slowmo,
 )
+from localsgd_jax.rules.overlapping import delay, overlap
 from localsgd_jax.rules.robust import guard, median, trimmed_mean
+from localsgd_jax.rules.streaming import fragment
+from localsgd_jax.rules.vectors import flatten
 
 __all__ = [
     "average",

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from localsgd_jax import collectives
 from localsgd_jax.base import Context, PyTree, RuleState, SyncRule
 from localsgd_jax.rules.combine import check_rule
-from localsgd_jax.rules.compress import cut
+from localsgd_jax.rules.compression import cut
 from localsgd_jax.rules.mean import check_has_mean
 from localsgd_jax.trees import choose, flat, unflat, widen
 

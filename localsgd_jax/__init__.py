@@ -13,7 +13,16 @@ from localsgd_jax.deal import deal
 from localsgd_jax.journal import NonFiniteLossError
 from localsgd_jax.placement import consensus, on_mesh, simulate
 from localsgd_jax.rounds import fused, gated
-from localsgd_jax.rules import average, chain, keep, when
+from localsgd_jax.rules import (
+    average,
+    batch_statistics,
+    chain,
+    floats,
+    keep,
+    reestimate,
+    reset,
+    when,
+)
 from localsgd_jax.schedules import (
     Schedule,
     at,
@@ -37,10 +46,12 @@ __all__ = [
     "Worker",
     "at",
     "average",
+    "batch_statistics",
     "chain",
     "consensus",
     "deal",
     "every",
+    "floats",
     "from_train_step",
     "fused",
     "gated",
@@ -51,6 +62,8 @@ __all__ = [
     "on_mesh",
     "post_local",
     "quadratic",
+    "reestimate",
+    "reset",
     "simulate",
     "train",
     "when",

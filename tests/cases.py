@@ -73,6 +73,8 @@ RULES = {
         lsgd.when(lsgd.every(1), lsgd.average()), conditional=True
     ),
     "anchored": Case(anchored()),
+    "floats": Case(lsgd.floats(lsgd.average())),
+    "reset": Case(lsgd.reset(), collectives=0),
     "anchored_now_and_then": Case(
         lsgd.chain(lsgd.when(lsgd.at([1, 3]), anchored()), lsgd.keep()),
         agrees=False,

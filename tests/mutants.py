@@ -102,6 +102,36 @@ MUTANTS = {
         "return cluster.sync(state), metrics",
         "test_laws.py -k fused",
     ),
+    "forgets how far apart the means are": Mutant(
+        "rules/statistics.py",
+        "_wide(x) + d**2",
+        "_wide(x)",
+        "test_statistics.py -k union",
+    ),
+    "takes deviations from zero": Mutant(
+        "rules/statistics.py",
+        "last = state.agreed",
+        "last = jax.tree.map(jnp.zeros_like, state.agreed)",
+        "test_statistics.py -k cancel",
+    ),
+    "merges statistics for nobody": Mutant(
+        "rules/statistics.py",
+        "jnp.where(anyone, new.astype(old.dtype), old)",
+        "new.astype(old.dtype)",
+        "test_statistics.py -k nobody",
+    ),
+    "averages the counts too": Mutant(
+        "rules/moments.py",
+        "jnp.issubdtype(jnp.result_type(x), jnp.inexact) else None",
+        "not jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key) else None",
+        "test_moments.py -k counts",
+    ),
+    "resets to zero": Mutant(
+        "rules/moments.py",
+        "jnp.where(anyone, start, x)",
+        "jnp.where(anyone, 0 * start, x)",
+        "test_moments.py -k not_to_zero",
+    ),
     "drops a rule's state": Mutant(
         "rules/combine.py",
         "states.append(part)",

@@ -47,7 +47,7 @@ def average(axis: collectives.Axis = None) -> SyncRule:
     """
 
     def init(tree: PyTree) -> RuleState:
-        _check_has_mean(tree)
+        check_has_mean("average()", tree)
         return RuleState()
 
     def apply(
@@ -59,13 +59,13 @@ def average(axis: collectives.Axis = None) -> SyncRule:
     return SyncRule(init, apply)
 
 
-def _check_has_mean(tree: PyTree) -> None:
+def check_has_mean(call: str, tree: PyTree) -> None:
     """Refuses leaves that a mean would silently turn into something else."""
     for path, leaf in jax.tree.leaves_with_path(tree):
         dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
         if not jnp.issubdtype(dtype, jnp.inexact):
             raise TypeError(
-                "average(): every leaf must be floating point or complex, got "
+                f"{call}: every leaf must be floating point or complex, got "
                 f"{dtype} at {jax.tree_util.keystr(path) or 'the root'}; leave "
-                "its field to keep()"
+                "its field to keep(), or what has no mean with floats(rule)"
             )

@@ -142,7 +142,7 @@ def on_mesh(
     )
 
 
-def consensus(state: State, field: str = "params") -> PyTree:
+def consensus(state: State, field: str | Sequence[str] | None = "params") -> PyTree:
     """Returns the averaged model.
 
         x̄ = (1/K) Σₖ xₖ
@@ -152,7 +152,8 @@ def consensus(state: State, field: str = "params") -> PyTree:
 
     Args:
       state: state of a cluster, synchronised or not.
-      field: the field of the train state that holds the model.
+      field: the field of the train state that holds the model; for several names a
+        dict of them; for None the whole train state.
 
     Returns:
       The model, without worker axis.
@@ -170,7 +171,10 @@ def consensus(state: State, field: str = "params") -> PyTree:
       >>> consensus(state)
       Array(2., dtype=float32)
     """
-    return _mean_of_workers(fields.read(state.workers, [field])[field])
+    if field is None:
+        return _mean_of_workers(state.workers)
+    found = _mean_of_workers(fields.read(state.workers, _as_tuple(field)))
+    return found[field] if isinstance(field, str) else found
 
 
 @jax.jit

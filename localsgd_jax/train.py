@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -25,6 +25,7 @@ def train(
     weight: jax.Array | None = None,
     evaluate: Callable | None = None,
     evaluate_every: int = 1,
+    field: str | Sequence[str] | None = "params",
     record: Callable | None = None,
     progress: bool | None = None,
     chunk: int = 64,
@@ -47,6 +48,8 @@ def train(
       evaluate: from the consensus model to a number or a dict of numbers.
       evaluate_every: rounds from one evaluation to the next; the last round is always
         evaluated.
+      field: what `evaluate` gets, as in `consensus`, such as `("params",
+        "batch_stats")`.
       record: called with each row of the history, a dict, as soon as it is known.
       progress: whether to show a progress bar; None: if tqdm is installed.
       chunk: most local steps in one dispatch.
@@ -82,7 +85,7 @@ def train(
     if steps is not None:
         checks.integer("train(steps)", "steps", steps, 1)
     run = _dispatcher(cluster, weight)
-    journal = Journal(cluster, state, evaluate, record)
+    journal = Journal(cluster, state, evaluate, field, record)
     queue = Queue(itertools.islice(batches, steps), cluster.put, chunk)
     start, computing = int(state.step), None
     until_look = evaluate_every if evaluate else math.inf

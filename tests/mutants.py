@@ -132,6 +132,18 @@ MUTANTS = {
         "jnp.where(anyone, 0 * start, x)",
         "test_moments.py -k not_to_zero",
     ),
+    "leaves batch statistics to each worker": Mutant(
+        "flax.py",
+        'rules.setdefault("batch_stats", batch_statistics())',
+        "pass",
+        "test_flax.py -k own_way",
+    ),
+    "forgets what is neither parameter nor statistic": Mutant(
+        "flax.py",
+        "merged = nnx.merge(model_graph, parts.params, parts.batch_stats, parts.rest)",
+        "merged = nnx.merge(model_graph, parts.params, parts.batch_stats, start.rest)",
+        "test_flax.py -k masks",
+    ),
     "drops a rule's state": Mutant(
         "rules/combine.py",
         "states.append(part)",
@@ -222,7 +234,7 @@ MUTANTS = {
     ),
     "evaluates one worker": Mutant(
         "journal.py",
-        "self.evaluate(consensus(state))",
+        "self.evaluate(consensus(state, self.field))",
         "self.evaluate(jax.tree.map(lambda x: x[0], state.workers.params))",
         "test_train.py -k evaluation",
     ),

@@ -21,6 +21,7 @@ FLOORS = {
     "theory": 1,
     "algorithm": 2,
     "asynchronous": 4,
+    "flax": 2,
     "placement": 3,
     "deal": 4,
     "feed": 4,

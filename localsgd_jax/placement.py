@@ -240,6 +240,7 @@ def _cluster(
         count,
         partial(_put, count, mesh, tuple(axes)),
         partial(_sent, algorithm, axes),
+        algorithm,
     )
 
 

@@ -144,6 +144,42 @@ MUTANTS = {
         "merged = nnx.merge(model_graph, parts.params, parts.batch_stats, start.rest)",
         "test_flax.py -k masks",
     ),
+    "counts the data from the restart": Mutant(
+        "checkpoint.py",
+        '"dealt": self._dealt + examples',
+        '"dealt": examples',
+        "test_checkpoint.py -k uninterrupted",
+    ),
+    "gives new workers the keys of old ones": Mutant(
+        "checkpoint.py",
+        "jnp.arange(len(keys), max(workers, len(keys)))",
+        "jnp.arange(0, max(workers, len(keys)) - len(keys))",
+        "test_checkpoint.py -k again",
+    ),
+    "takes one worker for all": Mutant(
+        "checkpoint.py",
+        "one = old.mean(0, dtype=wide).astype(old.dtype)",
+        "one = old[0]",
+        "test_checkpoint.py -k another_number",
+    ),
+    "looks by the rounds of this call": Mutant(
+        "train.py",
+        "evaluate_every - journal.round % evaluate_every",
+        "evaluate_every",
+        "test_train.py -k looks",
+    ),
+    "saves a state with NaN": Mutant(
+        "train.py",
+        "journal.read(computing, state)  # Saves no state whose loss is NaN.",
+        "pass",
+        "test_checkpoint.py -k no_number",
+    ),
+    "forgets the rule": Mutant(
+        "checkpoint.py",
+        '"rule": describe(cluster.algorithm.sync)',
+        '"rule": ""',
+        "test_checkpoint.py -k by_name",
+    ),
     "drops a rule's state": Mutant(
         "rules/combine.py",
         "states.append(part)",

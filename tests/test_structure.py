@@ -28,6 +28,7 @@ FLOORS = {
     "journal": 4,
     "rounds": 4,
     "train": 4,
+    "checkpoint": 4,
     "experiments": 5,
     "reproduce": 5,
     "cli": 5,

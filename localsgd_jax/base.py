@@ -113,6 +113,7 @@ class Cluster(NamedTuple):
         devices. `time=True` for leaves `(H, K, B, ...)`.
       sent: `sent(state, round=None) -> (least, most)`; bytes that one worker sends in
         that round, or in any, if it has a link of its own.
+      algorithm: what one worker does.
     """
 
     init: Callable[[PyTree], State]
@@ -121,3 +122,4 @@ class Cluster(NamedTuple):
     workers: int
     put: Callable[..., PyTree]
     sent: Callable[..., tuple[int, int]]
+    algorithm: Algorithm

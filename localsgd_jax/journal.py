@@ -4,7 +4,7 @@ import contextlib
 import importlib.util
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 
 import jax
 import numpy as np
@@ -44,12 +44,14 @@ class Journal:
         cluster: Cluster,
         state: State,
         evaluate: Callable | None,
+        field: str | Sequence[str] | None,
         record: Callable | None,
     ) -> None:
         """Starts at the counters of the state."""
         self.shapes = jax.eval_shape(lambda state: state, state)
         self.sent, self.range = cluster.sent, cluster.sent(self.shapes, None)
-        self.evaluate, self.record, self.bar = evaluate, record, None
+        self.evaluate, self.field = evaluate, field
+        self.record, self.bar = record, None
         self.step, self.round, self.bytes = int(state.step), int(state.round), 0
         self.began, self.rows, self.recorded = time.perf_counter(), [], 0
         self.unfinished = []
@@ -94,7 +96,7 @@ class Journal:
     def look(self, state: State) -> None:
         """Evaluates the consensus at the end of the last round, once."""
         if self.evaluate and len(self.rows) > self.recorded:
-            values = self.evaluate(consensus(state))
+            values = self.evaluate(consensus(state, self.field))
             values = values if isinstance(values, Mapping) else {"evaluation": values}
             self.rows[-1] |= {name: _number(name, x) for name, x in values.items()}
         self._write()

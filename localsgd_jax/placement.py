@@ -150,7 +150,7 @@ def on_mesh(
     )
 
 
-def consensus(state: State, field: str = "params") -> PyTree:
+def consensus(state: State, field: str | Sequence[str] | None = "params") -> PyTree:
     """Returns the averaged model.
 
         x̄ = (1/K) Σₖ xₖ
@@ -160,7 +160,8 @@ def consensus(state: State, field: str = "params") -> PyTree:
 
     Args:
       state: state of a cluster, synchronised or not.
-      field: the field of the train state that holds the model.
+      field: the field of the train state that holds the model; for several names a
+        dict of them; for None the whole train state.
 
     Returns:
       The model, without worker axis.
@@ -178,7 +179,10 @@ def consensus(state: State, field: str = "params") -> PyTree:
       >>> consensus(state)
       Array(2., dtype=float32)
     """
-    return _mean_of_workers(fields.read(state.workers, [field])[field])
+    if field is None:
+        return _mean_of_workers(state.workers)
+    found = _mean_of_workers(fields.read(state.workers, _as_tuple(field)))
+    return found[field] if isinstance(field, str) else found
 
 
 @jax.jit
@@ -244,6 +248,7 @@ def _cluster(
         count,
         partial(_put, count, mesh, tuple(axes)),
         partial(_sent, algorithm, axes),
+        algorithm,
     )
 
 

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -25,7 +25,10 @@ def train(
     weight: jax.Array | None = None,
     evaluate: Callable | None = None,
     evaluate_every: int = 1,
+    field: str | Sequence[str] | None = "params",
     record: Callable | None = None,
+    save: Callable | None = None,
+    save_every: int = 1000,
     progress: bool | None = None,
     chunk: int = 64,
 ) -> tuple[State, History]:
@@ -45,9 +48,16 @@ def train(
       steps: local steps to do at most; None for all batches.
       weight: `(K,)` shares in every mean.
       evaluate: from the consensus model to a number or a dict of numbers.
-      evaluate_every: rounds from one evaluation to the next; the last round is always
-        evaluated.
+      evaluate_every: rounds whose number is a multiple of it are evaluated, and the
+        last one.
+      field: what `evaluate` gets, as in `consensus`, such as `("params",
+        "batch_stats")`.
       record: called with each row of the history, a dict, as soon as it is known.
+      save: called with the state, and with the examples used since the call began,
+        such as `Checkpoints.save`: where `state.step` is a multiple of `save_every`,
+        also within a round, and at the end. It must copy what it wants to keep.
+      save_every: local steps from one call of `save` to the next; a multiple of the
+        period leaves the rounds whole.
       progress: whether to show a progress bar; None: if tqdm is installed.
       chunk: most local steps in one dispatch.
 
@@ -79,33 +89,46 @@ def train(
     schedule = every if callable(every) else schedules.every(every)
     checks.integer("train(evaluate_every)", "evaluate_every", evaluate_every, 1)
     checks.integer("train(chunk)", "chunk", chunk, 1)
+    checks.integer("train(save_every)", "save_every", save_every, 1)
     if steps is not None:
-        checks.integer("train(steps)", "steps", steps, 1)
+        checks.integer("train(steps)", "steps", steps, 0)
     run = _dispatcher(cluster, weight)
-    journal = Journal(cluster, state, evaluate, record)
+    journal = Journal(cluster, state, evaluate, field, record)
     queue = Queue(itertools.islice(batches, steps), cluster.put, chunk)
-    start, computing = int(state.step), None
-    until_look = evaluate_every if evaluate else math.inf
+    start, examples, computing = int(state.step), 0, None
+    # Counted from the first round of all, so that a run that was interrupted looks,
+    # saves and cuts its dispatches where it would have done without.
+    until_look = evaluate_every - journal.round % evaluate_every
+    until_look = until_look if evaluate else math.inf
     with open_bar(progress, steps, batches) as journal.bar:
         while limit := queue.ready():
+            if save:
+                limit = min(limit, save_every - start % save_every)
             limit = _steps_to_look(schedule, start, limit, until_look)
             segment = plan(schedule, start, limit, chunk)
             due = [bool(schedule(start + i + 1)) for i in range(segment.steps)]
-            state, metrics = run(segment, state, queue.pop(segment.steps), due)
+            taken = queue.pop(segment.steps)
+            state, metrics = run(segment, state, taken, due)
             # One dispatch computes while the host reads the metrics of the one before
             # and loads the next: never more than two are queued.
             journal.read(computing, state)
             start, until_look = start + segment.steps, until_look - sum(due)
-            computing = due, metrics
+            computing, examples = (due, metrics), examples + _count(taken)
             if not until_look:
                 journal.read(computing, state)
                 journal.look(state)
                 until_look, computing = evaluate_every, None
+            if save and start % save_every == 0 and queue.ready():
+                journal.read(computing, state)  # Saves no state whose loss is NaN.
+                save(state, examples)
+                computing = None
         journal.read(computing, state)
         if journal.unfinished:
             state = jax.jit(cluster.sync, donate_argnums=0)(state, weight)
             journal.end_round()
         journal.look(state)
+    if save and examples:
+        save(state, examples)
     return state, journal.history()
 
 
@@ -198,6 +221,11 @@ def _by_name(metrics: PyTree) -> dict[str, jax.Array]:
         for path, leaf in jax.tree.leaves_with_path(metrics)
         if leaf.ndim == 2
     }
+
+
+def _count(batches: PyTree) -> int:
+    """Returns the number of examples in batches with leaves (H, K, B, ...)."""
+    return math.prod(np.shape(jax.tree.leaves(batches)[0])[:3])
 
 
 def _steps_to_look(

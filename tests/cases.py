@@ -91,6 +91,8 @@ RULES = {
         lsgd.when(lsgd.every(1), lsgd.average()), conditional=True
     ),
     "anchored": Case(anchored()),
+    "floats": Case(lsgd.floats(lsgd.average())),
+    "reset": Case(lsgd.reset(), collectives=0),
     "anchored_now_and_then": Case(
         lsgd.chain(lsgd.when(lsgd.at([1, 3]), anchored()), lsgd.keep()),
         agrees=False,
@@ -285,8 +287,8 @@ def assert_close(left, right, rtol=1e-5, atol=1e-6):
         jax.tree.leaves_with_path(left), jax.tree.leaves(right), strict=True
     ):
         np.testing.assert_allclose(
-            np.asarray(x),
-            np.asarray(y),
+            raw(x),
+            raw(y),
             rtol=rtol,
             atol=atol,
             err_msg=jax.tree_util.keystr(path),
@@ -297,4 +299,10 @@ def assert_same(left, right):
     """Compares two trees bit for bit."""
     assert jax.tree.structure(left) == jax.tree.structure(right)
     for x, y in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
-        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+        np.testing.assert_array_equal(raw(x), raw(y))
+
+
+def raw(x):
+    """The numbers of a leaf, those of a typed key too."""
+    typed = jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key)
+    return np.asarray(jax.random.key_data(x) if typed else x)

@@ -19,7 +19,8 @@ def blocks(name, language="python"):
     return [textwrap.dedent(block) for _, block in found]
 
 
-def test_the_loop_of_the_readme(capsys):
+def test_the_loop_of_the_readme(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     names = {}
     for block in blocks("README.md"):
         exec(block, names)

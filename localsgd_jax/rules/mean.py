@@ -67,7 +67,7 @@ def check_has_mean(call: str, tree: PyTree) -> None:
         dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
         if not jnp.issubdtype(dtype, jnp.inexact):
             raise TypeError(
-                f"{call}: every leaf must be floating point or complex, got {dtype} "
-                f"at {jax.tree_util.keystr(path) or 'the root'}; leave "
-                "its field to keep()"
+                f"{call}: every leaf must be floating point or complex, got "
+                f"{dtype} at {jax.tree_util.keystr(path) or 'the root'}; leave "
+                "its field to keep(), or what has no mean with floats(rule)"
             )

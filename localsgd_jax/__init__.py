@@ -11,6 +11,7 @@ from localsgd_jax.base import (
 )
 from localsgd_jax.deal import deal
 from localsgd_jax.journal import NonFiniteLossError
+from localsgd_jax.ledger import NoisyStepError, assert_silent, ledger
 from localsgd_jax.placement import consensus, on_mesh, simulate
 from localsgd_jax.rounds import fused, gated
 from localsgd_jax.rules import average, chain, keep, when
@@ -29,12 +30,14 @@ __all__ = [
     "Algorithm",
     "Cluster",
     "Context",
+    "NoisyStepError",
     "NonFiniteLossError",
     "RuleState",
     "Schedule",
     "State",
     "SyncRule",
     "Worker",
+    "assert_silent",
     "at",
     "average",
     "chain",
@@ -46,6 +49,7 @@ __all__ = [
     "gated",
     "growing",
     "keep",
+    "ledger",
     "local_sgd",
     "never",
     "on_mesh",

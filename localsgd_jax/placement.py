@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from localsgd_jax import checks, fields, ledger
+from localsgd_jax import checks, fields
 from localsgd_jax.base import Algorithm, Cluster, Context, PyTree, RuleState, State
+from localsgd_jax.ledger import sent_bytes
 
 LANE = "lane"
 
@@ -257,7 +258,7 @@ def _sent(
         context = Context(carriers, traced_turn if turn is None else turn)
         return algorithm.sync(worker, RuleState(agreed, own), context)
 
-    return ledger.sent_bytes(talk, axes, worker, own, shapes.agreed, shapes.round)
+    return sent_bytes(talk, axes, worker, own, shapes.agreed, shapes.round)
 
 
 def _each(step: Callable, lanes: str) -> Callable:

@@ -149,7 +149,7 @@ MUTANTS = {
         "test_algorithm.py -k key_of_its_own",
     ),
     "counts half of an all-reduce": Mutant(
-        "ledger.py",
+        "ledger/traced.py",
         '"psum": lambda n: 2 * (n - 1) / n',
         '"psum": lambda n: (n - 1) / n',
         "test_programs.py -k sent_bytes",

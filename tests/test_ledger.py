@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import batches, cluster, mesh, network
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding, PartitionSpec
 
 import localsgd_jax as lsgd
@@ -473,17 +474,25 @@ def test_a_program_kept_on_disk_does_not_bring_stale_lines(tmp_path):
     def second(x):
         return jax.lax.psum(x, "worker")
 
-    names = ["jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"]
-    before = [getattr(jax.config, name) for name in names]
-    jax.config.update(names[0], str(tmp_path))
-    jax.config.update(names[1], 0.0)
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
     try:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
         for function in (first, second):
+            function.__name__ = "same"
             (entry,) = lsgd.ledger(*spread(function, ["worker"], shape=(24,)))
             assert entry.source[:2] == line_of(function, "psum")
+        assert list(tmp_path.iterdir())
     finally:
-        for name, value in zip(names, before, strict=True):
+        for name, value in before.items():
             jax.config.update(name, value)
+        compilation_cache.reset_cache()
 
 
 def test_the_call_to_blame_is_the_users():

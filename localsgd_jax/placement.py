@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from localsgd_jax import checks, fields
+from localsgd_jax import checks, fields, shapes
 from localsgd_jax.base import Algorithm, Cluster, Context, PyTree, RuleState, State
 from localsgd_jax.ledger import sent_bytes
 
@@ -197,21 +197,9 @@ def _cluster(
 ) -> Cluster:
     """Makes the verbs of K workers from those of the workers at one place."""
     count = math.prod(axes.values())
-    split, same = (P(tuple(axes)), P())
+    sync_if = partial(_sync_if, sync)
     if mesh is not None:
-        # Every value in here is a worker's own copy or reduced by the rule itself, so
-        # varying-axes checks have nothing to add; with them a worker's gradient of
-        # anything replicated would be summed over workers, and cond around a pmean
-        # would not type-check.
-        spread = partial(
-            jax.shard_map, mesh=mesh, axis_names=set(axes), check_vma=False
-        )
-        step = spread(step, in_specs=(split, split), out_specs=(split, split))
-        sync = spread(
-            sync,
-            in_specs=(split, split, same, same, split),
-            out_specs=(split, split, same),
-        )
+        step, sync, sync_if = _spread_over(mesh, axes, step, sync, sync_if)
 
     @jax.jit
     def cluster_step(state: State, batch: PyTree) -> tuple[State, PyTree]:
@@ -227,8 +215,21 @@ def _cluster(
         )
         return State(state.step, turn, workers, own, agreed)
 
+    @jax.jit
+    def communicate_if(due: jax.Array, state: State, weight: jax.Array | None) -> State:
+        turn = state.round + jnp.asarray(due, jnp.int32)
+        workers, own, agreed = sync_if(
+            due, state.workers, state.own, state.agreed, turn, weight
+        )
+        return State(state.step, turn, workers, own, agreed)
+
     def cluster_sync(state: State, weight: jax.Array | None = None) -> State:
         return communicate(state, checks.weight(weight, count))
+
+    def cluster_sync_if(
+        due: jax.Array | bool, state: State, weight: jax.Array | None = None
+    ) -> State:
+        return communicate_if(due, state, checks.weight(weight, count))
 
     return Cluster(
         partial(_init, algorithm, count, mesh, tuple(axes)),
@@ -237,6 +238,31 @@ def _cluster(
         count,
         partial(_put, count, mesh, tuple(axes)),
         partial(_sent, algorithm, axes),
+        cluster_sync_if,
+    )
+
+
+def _spread_over(
+    mesh: Mesh,
+    axes: Mapping[str, int],
+    step: Callable,
+    sync: Callable,
+    sync_if: Callable,
+) -> tuple[Callable, Callable, Callable]:
+    """Runs the verbs of a place at each place of a mesh."""
+    split, same = P(tuple(axes)), P()
+    # Every value in here is a worker's own copy or reduced by the rule itself, so
+    # varying-axes checks have nothing to add; with them a worker's gradient of anything
+    # replicated would be summed over workers, and cond around a pmean would not
+    # type-check.
+    spread = partial(jax.shard_map, mesh=mesh, axis_names=set(axes), check_vma=False)
+    parts = (split, split, same)
+    return (
+        spread(step, in_specs=(split, split), out_specs=(split, split)),
+        spread(sync, in_specs=(*parts, same, split), out_specs=parts),
+        # The conditional stands inside: around a shard_map, the compiler for GPUs of
+        # JAX 0.11 gathers all that the branches return, due or not.
+        spread(sync_if, in_specs=(same, *parts, same, split), out_specs=parts),
     )
 
 
@@ -247,10 +273,10 @@ def _sent(
     turn: int | None = None,
 ) -> tuple[int, int]:
     """Counts what one worker sends in a round, as if it had a device of its own."""
-    shapes = jax.eval_shape(lambda state: state, state)
+    given = jax.eval_shape(lambda state: state, state)
     worker, own = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype),
-        (shapes.workers, shapes.own),
+        (given.workers, given.own),
     )
     carriers = {name: (name,) for name in axes}
 
@@ -258,7 +284,7 @@ def _sent(
         context = Context(carriers, traced_turn if turn is None else turn)
         return algorithm.sync(worker, RuleState(agreed, own), context)
 
-    return sent_bytes(talk, axes, worker, own, shapes.agreed, shapes.round)
+    return sent_bytes(talk, axes, worker, own, given.agreed, given.round)
 
 
 def _each(step: Callable, lanes: str) -> Callable:
@@ -312,6 +338,16 @@ def _together(
     return together
 
 
+def _sync_if(sync: Callable, due, workers, own, agreed, turn, weight):
+    """Synchronises the workers at a place, or leaves them as they are."""
+    return jax.lax.cond(
+        due,
+        lambda parts: sync(*parts, turn, weight),
+        lambda parts: parts,
+        (workers, own, agreed),
+    )
+
+
 def _init(
     algorithm: Algorithm,
     count: int,
@@ -319,8 +355,13 @@ def _init(
     names: tuple[str, ...],
     params: PyTree,
 ) -> State:
-    """Gives every worker a copy of its own."""
-    worker, rule_state = algorithm.init(params)
+    """Gives every worker a copy of its own; shapes give shapes."""
+    abstract = shapes.abstract(params)
+    worker, rule_state = (
+        shapes.like(jax.eval_shape(algorithm.init, params), params)
+        if abstract
+        else algorithm.init(params)
+    )
     zero = jnp.int32(0)
     one = State(zero, zero, worker, rule_state.own, rule_state.agreed)
 
@@ -331,12 +372,14 @@ def _init(
         return copied._replace(workers=spread(copied.workers), own=spread(copied.own))
 
     if mesh is None:
-        return jax.jit(many)(one)
+        return jax.eval_shape(many, one) if abstract else jax.jit(many)(one)
     within = partial(_within, mesh, names)
     split = partial(_within, mesh, names, lead=(names,))
     shardings = jax.tree.map(within, one)._replace(
         workers=jax.tree.map(split, one.workers), own=jax.tree.map(split, one.own)
     )
+    if abstract:
+        return shapes.placed(jax.eval_shape(many, one), shardings)
     placed = jax.tree.map(lambda x: jax.device_put(x, within(x)), one)
     return jax.jit(many, out_shardings=shardings)(placed)
 
@@ -376,12 +419,13 @@ def _put(
     batch: PyTree,
     time: bool = False,
 ) -> PyTree:
-    """Sends a host batch to the workers' devices."""
+    """Sends a host batch to the workers' devices; shapes give shapes."""
     checks.leading("put(batch)", batch, count, int(time))
-    if mesh is None:
-        return jax.device_put(batch)
     spec = P(None, names) if time else P(names)
-    return jax.device_put(batch, NamedSharding(mesh, spec))
+    sharding = None if mesh is None else NamedSharding(mesh, spec)
+    if shapes.abstract(batch):
+        return shapes.placed(batch, jax.tree.map(lambda x: sharding, batch))
+    return jax.device_put(batch, sharding)
 
 
 def _as_tuple(value: str | int | Sequence) -> tuple:

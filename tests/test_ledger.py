@@ -504,6 +504,12 @@ def test_the_call_to_blame_is_the_users():
     assert sources.culprit(()) is None
 
 
+def test_who_asked_for_the_program_is_not_to_blame():
+    verbs = cluster("mesh", "average")
+    (entry,) = lsgd.ledger(verbs.sync, verbs.init(network()))
+    assert entry.source.file.endswith("collectives.py")
+
+
 @pytest.mark.parametrize("shift", [1, 0])
 def test_stack_frames_of_both_numberings(shift):
     text = textwrap.dedent(

@@ -1,5 +1,6 @@
 """The lines of source that an instruction comes from, by the program's metadata."""
 
+import itertools
 import re
 import sysconfig
 from collections.abc import Mapping, Sequence
@@ -9,6 +10,7 @@ from typing import NamedTuple
 _TABLES = ("FileNames", "FunctionNames", "FileLocations", "StackFrames")
 _PACKAGES = tuple({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
 _OWN = str(Path(__file__).parent.parent)
+_COMPILES = str(Path(__file__).parent / "programs.py")
 
 
 class Frame(NamedTuple):
@@ -82,6 +84,8 @@ def calls_of(attributes: str, known: Mapping[int, Calls]) -> Calls:
 def culprit(calls: Sequence[Frame]) -> Frame | None:
     """Chooses the call to blame: the innermost that belongs to no installed package.
 
+    Who asked for the program to be compiled is not to blame.
+
     Args:
       calls: innermost first.
 
@@ -92,9 +96,9 @@ def culprit(calls: Sequence[Frame]) -> Frame | None:
       >>> print(culprit([Frame("/home/me/step.py", 7, "step")]))
       /home/me/step.py:7 (step)
     """
-    library = (*_PACKAGES, _OWN)
-    users = [call for call in calls if not call.file.startswith(library)]
-    return next(iter([*users, *calls]), None)
+    asked = [*itertools.takewhile(lambda call: call.file != _COMPILES, calls)]
+    users = [call for call in asked if not call.file.startswith((*_PACKAGES, _OWN))]
+    return next(iter([*users, *asked]), None)
 
 
 def _table(text: str, name: str) -> dict[int, str]:

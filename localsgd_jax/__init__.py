@@ -9,9 +9,11 @@ from localsgd_jax.base import (
     State,
     SyncRule,
 )
+from localsgd_jax.consensus import consensus
 from localsgd_jax.deal import deal
 from localsgd_jax.journal import NonFiniteLossError
-from localsgd_jax.placement import consensus, on_mesh, simulate
+from localsgd_jax.ledger import NoisyStepError, assert_silent, ledger
+from localsgd_jax.placement import on_mesh, simulate
 from localsgd_jax.rounds import fused, gated
 from localsgd_jax.rules import (
     average,
@@ -62,12 +64,14 @@ __all__ = [
     "Algorithm",
     "Cluster",
     "Context",
+    "NoisyStepError",
     "NonFiniteLossError",
     "RuleState",
     "Schedule",
     "State",
     "SyncRule",
     "Worker",
+    "assert_silent",
     "at",
     "average",
     "batch_statistics",
@@ -93,6 +97,7 @@ __all__ = [
     "guard",
     "keep",
     "late",
+    "ledger",
     "local_sgd",
     "lookahead",
     "median",

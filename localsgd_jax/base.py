@@ -104,16 +104,19 @@ class Cluster(NamedTuple):
     """The three verbs for K workers, wherever they live.
 
     Attributes:
-      init: `init(params) -> State`; every worker starts from `params`.
+      init: `init(params) -> State`; every worker starts from `params`. Given shapes
+        (`jax.ShapeDtypeStruct`), it returns shapes with shardings, to compile for.
       step: `step(state, batch) -> (state, metrics)`; leaves `(K, B, ...)` in, `(K,
         ...)` out. Never communicates.
       sync: `sync(state, weight=None) -> state`; one round of communication.
       workers: K.
       put: `put(batch, time=False) -> batch`; sends a host batch to the workers'
-        devices. `time=True` for leaves `(H, K, B, ...)`.
+        devices. `time=True` for leaves `(H, K, B, ...)`. Shapes give shapes.
       sent: `sent(state, round=None) -> (least, most)`; bytes that one worker sends in
         that round, or in any, if it has a link of its own.
       algorithm: what one worker does.
+      sync_if: `sync_if(due, state, weight=None) -> state`; a round of communication if
+        `due`, a boolean that all workers share. Otherwise nothing is sent.
     """
 
     init: Callable[[PyTree], State]
@@ -123,3 +126,4 @@ class Cluster(NamedTuple):
     put: Callable[..., PyTree]
     sent: Callable[..., tuple[int, int]]
     algorithm: Algorithm
+    sync_if: Callable[..., State]

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from localsgd_jax.base import Cluster, State
-from localsgd_jax.placement import consensus
+from localsgd_jax.consensus import consensus
 
 History = dict[str, np.ndarray]
 

@@ -199,7 +199,7 @@ def _dispatcher(cluster: Cluster, weight: jax.Array | None) -> Callable:
         def step(state: State, turn: tuple) -> tuple[State, PyTree]:
             batch, now = turn
             state, metrics = cluster.step(state, batch)
-            return rounds.sync_if(cluster, now, state, weight), metrics
+            return cluster.sync_if(now, state, weight), metrics
 
         state, metrics = jax.lax.scan(step, state, (batches, due))
         return state, _by_name(metrics)

@@ -36,10 +36,9 @@ class Case(NamedTuple):
             return ["all-reduce"] * self.collectives
         return sorted(self.collectives)
 
-    def seen(self, found: list[tuple[str, int]]) -> list[str]:
+    def seen(self, names: list[str]) -> list[str]:
         """What a program holds, to compare with `kinds`."""
-        kinds = sorted(kind for kind, _ in found)
-        return kinds if isinstance(self.collectives, int) else sorted(set(kinds))
+        return sorted(names if isinstance(self.collectives, int) else set(names))
 
 
 def anchored(rate: float = 0.7, decay: float = 0.9) -> lsgd.SyncRule:

@@ -79,13 +79,13 @@ def integers(bits: int, block: int, stochastic: bool) -> Codec:
             level = blocks * (largest / jnp.where(scale > 0, scale, 1))
             shift = jax.random.uniform(key, level.shape) if stochastic else 0.5
             codes = jnp.clip(jnp.floor(level + shift), -largest, largest) + largest
-        packed = _pack(codes.astype(jnp.uint8), bits)
+        packed = pack(codes.astype(jnp.uint8), bits)
         written = jnp.concatenate([packed, _bytes(scale.astype(jnp.float32))], axis=-1)
         return written.reshape(*x.shape[:-1], -1)
 
     def decode(payload: jax.Array) -> jax.Array:
         blocks = payload.reshape(*payload.shape[:-1], -1, block * bits // 8 + _SCALE)
-        codes = _unpack(blocks[..., :-_SCALE], bits).astype(jnp.float32)
+        codes = unpack(blocks[..., :-_SCALE], bits).astype(jnp.float32)
         scale = _from_bytes(blocks[..., -_SCALE:], jnp.dtype(jnp.float32))
         level = 2 * codes - 1 if bits == 1 else (codes - largest) / largest
         return (level * scale).reshape(*payload.shape[:-1], -1)
@@ -93,15 +93,31 @@ def integers(bits: int, block: int, stochastic: bool) -> Codec:
     return Codec(encode, decode, block)
 
 
-def _pack(codes: jax.Array, bits: int) -> jax.Array:
-    """Puts 8/b codes of b bits into each byte, the first one lowest."""
+def pack(codes: jax.Array, bits: int) -> jax.Array:
+    """Puts 8/b codes of b bits into each byte, the first one lowest.
+
+    Args:
+      codes: `(..., m)`, uint8, m a multiple of 8/b.
+      bits: b.
+
+    Returns:
+      `(..., m b/8)`, uint8.
+    """
     codes = codes.reshape(*codes.shape[:-1], -1, 8 // bits)
     parts = [codes[..., i] << jnp.uint8(bits * i) for i in range(8 // bits)]
     return functools.reduce(jnp.bitwise_or, parts)
 
 
-def _unpack(packed: jax.Array, bits: int) -> jax.Array:
-    """Takes the codes out of their bytes."""
+def unpack(packed: jax.Array, bits: int) -> jax.Array:
+    """Takes the codes out of their bytes.
+
+    Args:
+      packed: from `pack`.
+      bits: b.
+
+    Returns:
+      The codes.
+    """
     last = jnp.uint8(2**bits - 1)
     parts = [(packed >> jnp.uint8(bits * i)) & last for i in range(8 // bits)]
     return jnp.stack(parts, axis=-1).reshape(*packed.shape[:-1], -1)

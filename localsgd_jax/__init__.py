@@ -1,5 +1,6 @@
 """Local SGD and its descendants in JAX: any optax optimizer, any pytree, any place."""
 
+from localsgd_jax.adaptive import Adaptive, adacomm, triggered
 from localsgd_jax.algorithm import Worker, from_train_step, local_sgd
 from localsgd_jax.base import (
     Algorithm,
@@ -11,6 +12,7 @@ from localsgd_jax.base import (
 )
 from localsgd_jax.consensus import consensus
 from localsgd_jax.deal import deal
+from localsgd_jax.diagnostics import measured
 from localsgd_jax.journal import NonFiniteLossError
 from localsgd_jax.ledger import NoisyStepError, assert_silent, ledger
 from localsgd_jax.placement import on_mesh, simulate
@@ -61,6 +63,7 @@ from localsgd_jax.schedules import (
 from localsgd_jax.train import train
 
 __all__ = [
+    "Adaptive",
     "Algorithm",
     "Cluster",
     "Context",
@@ -71,6 +74,7 @@ __all__ = [
     "State",
     "SyncRule",
     "Worker",
+    "adacomm",
     "assert_silent",
     "at",
     "average",
@@ -100,6 +104,7 @@ __all__ = [
     "ledger",
     "local_sgd",
     "lookahead",
+    "measured",
     "median",
     "mix",
     "never",
@@ -118,6 +123,7 @@ __all__ = [
     "spread",
     "topk",
     "train",
+    "triggered",
     "trimmed_mean",
     "when",
 ]

@@ -38,6 +38,16 @@ class RuleState(NamedTuple):
     own: PyTree = ()
 
 
+class Notes(NamedTuple):
+    """Numbers that a rule leaves in its agreed state for the history of a run.
+
+    Attributes:
+      numbers: scalars by name; `train` gives each a column.
+    """
+
+    numbers: dict[str, jax.Array]
+
+
 class Rows(NamedTuple):
     """A part of `RuleState.own` that differs between workers from the beginning.
 

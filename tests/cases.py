@@ -165,6 +165,11 @@ RULES = {
         collectives=("all-reduce", "all-gather"),
         places=FEW,
     ),
+    "measured": Case(
+        lsgd.measured(lsgd.diloco()),
+        collectives=("all-reduce", "all-gather", "all-to-all"),
+        places=FEW,
+    ),
     "gossip_ring": Case(
         lsgd.gossip("ring"),
         agrees=False,

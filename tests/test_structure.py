@@ -19,6 +19,8 @@ FLOORS = {
     "shapes": 0,
     "rules": 1,
     "schedules": 1,
+    "adaptive": 1,
+    "diagnostics": 1,
     "ledger": 1,
     "theory": 1,
     "algorithm": 2,

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from localsgd_jax import collectives
-from localsgd_jax.base import Context, PyTree, RuleState, SyncRule
+from localsgd_jax.base import Context, Notes, PyTree, RuleState, SyncRule
 from localsgd_jax.rules.combine import check_rule
 from localsgd_jax.rules.compression import cut
 from localsgd_jax.rules.mean import check_has_mean
@@ -22,7 +22,7 @@ class Watch(NamedTuple):
       mean: running mean of log ‖Δ‖ over those who took part.
       variance: running variance of it.
       rounds: how many have been seen.
-      left_out: workers left out so far, an int32 scalar.
+      notes: "left_out", workers left out so far, an int32 scalar.
       rule: what the guarded rule remembers.
     """
 
@@ -30,7 +30,7 @@ class Watch(NamedTuple):
     mean: jax.Array
     variance: jax.Array
     rounds: jax.Array
-    left_out: jax.Array
+    notes: Notes
     rule: PyTree
 
 
@@ -121,7 +121,8 @@ def guard(
     where m and s² are running means over rounds of the mean of log ‖Δ‖ over those who
     take part and of its squared distance to m. All workers decide from the same K
     numbers, so they agree on who takes part; who is left out goes on from what the
-    others agree on. `Watch.left_out` counts them. The rule must make workers agree.
+    others agree on. The column "left_out" of the history counts them. The rule must
+    make workers agree.
 
     Args:
       rule: what the others do, such as `average()` or `diloco()`.
@@ -154,8 +155,9 @@ def guard(
 
     def init(tree: PyTree) -> RuleState:
         check_has_mean("guard()", tree)
-        inner, zero = rule.init(tree), jnp.float32(0)
-        watch = Watch(tree, zero, zero, jnp.int32(0), jnp.int32(0), inner.agreed)
+        inner, zero, none = rule.init(tree), jnp.float32(0), jnp.int32(0)
+        notes = Notes({"left_out": none})
+        watch = Watch(tree, zero, zero, none, notes, inner.agreed)
         return RuleState(watch, inner.own)
 
     def apply(
@@ -173,11 +175,12 @@ def guard(
             tree, RuleState(watch.rule, state.own), context._replace(weight=weight)
         )
         left_out = jnp.sum((share > 0) & ~fine, dtype=jnp.int32)
+        notes = Notes({"left_out": watch.notes.numbers["left_out"] + left_out})
         seen = _seen(watch, lengths, fine, decay)._replace(
             anchor=collectives.equal(agreed), rule=inner.agreed
         )
         kept = choose(anyone, RuleState(seen, inner.own), state)
-        counted = kept.agreed._replace(left_out=watch.left_out + left_out)
+        counted = kept.agreed._replace(notes=notes)
         # A worker that nobody is left to lead back goes back by itself.
         back = choose(jnp.isfinite(_length(tree)), tree, watch.anchor)
         return choose(anyone, agreed, back), RuleState(counted, kept.own)

@@ -182,7 +182,9 @@ def transpose(rows: PyTree, context: Context, axis: Axis = None) -> PyTree:
     sizes = [jax.lax.axis_size(name) for name in carriers]
 
     def exchange(x: jax.Array) -> jax.Array:
-        grid = x.reshape(*sizes, *x.shape[1:])
+        # What is the same for all lanes, vmap's all-to-all would take for one lane's.
+        own = jnp.where(index(context, axis) >= 0, x, x)
+        grid = own.reshape(*sizes, *x.shape[1:])
         for i, name in enumerate(carriers):
             grid = jax.lax.all_to_all(grid, name, i, i)
         return grid.reshape(x.shape)

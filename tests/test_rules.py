@@ -622,6 +622,27 @@ def test_gossip_goes_around_who_is_absent():
     assert np.isnan(seen[0][2]).all()
 
 
+@pytest.mark.parametrize(
+    "rule",
+    [
+        lsgd.median(),
+        lsgd.trimmed_mean(0.25),
+        lsgd.shard(lsgd.average(), K),
+        lsgd.gossip("ring"),
+        lsgd.gossip("one-peer"),
+        lsgd.topk(lsgd.average(), 1.0),
+        lsgd.cast(lsgd.average(), jnp.bfloat16),
+    ],
+)
+def test_what_is_agreed_on_already_stays(rule):
+    """Also where the program sees that all workers have the same."""
+    x = np.round(values(2) * 4)  # Whole numbers, which bfloat16 holds too.
+    expected = np.tile(x.mean(1, keepdims=True), (1, K, 1))
+    for place in (None, lambda made: lsgd.on_mesh(made, mesh(worker=2), K)):
+        seen, _ = agree(lsgd.chain(lsgd.average(), rule), x, place=place)
+        np.testing.assert_allclose(seen, expected, atol=1e-6)
+
+
 # Flat vectors.
 
 

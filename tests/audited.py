@@ -39,6 +39,14 @@ def fused(mesh, rule=None):
     return lsgd.fused(cluster), state, cluster.put(stacked, time=True)
 
 
+def gated_when(mesh):
+    return gated(mesh, lsgd.when(lsgd.every(2), lsgd.average()))
+
+
+def fused_when(mesh):
+    return fused(mesh, lsgd.when(lsgd.every(2), lsgd.average()))
+
+
 def sync(mesh):
     cluster, state, _ = parts(mesh)
     return cluster.sync, state

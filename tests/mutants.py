@@ -275,6 +275,30 @@ MUTANTS = {
         "if sizes[name] < 1:",
         "test_ledger.py -k nothing",
     ),
+    "lets a gated step talk at each step": Mutant(
+        "audit/inspection.py",
+        '"gated": lambda entry: entry.conditional',
+        '"gated": lambda entry: True',
+        "test_audit.py -k noisy",
+    ),
+    "lets a loop talk": Mutant(
+        "audit/inspection.py",
+        "entry.conditional or not entry.looped",
+        "True",
+        "test_audit.py -k noisy",
+    ),
+    "counts a round that was not due": Mutant(
+        "placement.py",
+        "turn = state.round + jnp.asarray(due, jnp.int32)",
+        "turn = state.round + 1",
+        "test_laws.py -k gated",
+    ),
+    "shards no moment": Mutant(
+        "shapes.py",
+        "known.get(x.shape)",
+        "None",
+        "test_placement.py -k shapes_give_shapes",
+    ),
 }
 
 

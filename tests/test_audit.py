@@ -131,7 +131,14 @@ families = pytest.mark.parametrize("family", TARGETS)
 
 @families
 @pytest.mark.parametrize(
-    "name, kind", [("local", "step"), ("gated", "gated"), ("fused", "round")]
+    "name, kind",
+    [
+        ("local", "step"),
+        ("gated", "gated"),
+        ("fused", "round"),
+        ("gated_when", "gated"),
+        ("fused_when", "round"),
+    ],
 )
 def test_the_librarys_programs_on_a_target(family, name, kind):
     status, found = compiled_for(family, name, "--as", kind)

@@ -115,3 +115,12 @@ def overlapped(mesh):
         shape((count, 1024, 1024), jnp.float32, sharding=split),
         shape((count, 6, 32, 1024), jnp.float32, sharding=split),
     )
+
+
+def measured(mesh):
+    """For `localsgd plan --measure`: a cluster, its state and a batch."""
+    algorithm = lsgd.local_sgd(loss_fn, optax.adam(1e-3), rule=lsgd.average())
+    cluster = lsgd.on_mesh(algorithm, mesh)
+    workers = cluster.workers
+    batch = jnp.ones((workers, 32, 256)), jnp.ones((workers, 32))
+    return cluster, cluster.init({"w": jnp.ones((256, 512))}), cluster.put(batch)

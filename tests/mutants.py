@@ -299,6 +299,36 @@ MUTANTS = {
         "None",
         "test_placement.py -k shapes_give_shapes",
     ),
+    "plans half of an all-reduce": Mutant(
+        "cost.py",
+        "hops = 2 * (workers - 1)\n    return",
+        "hops = workers - 1\n    return",
+        "test_cost.py",
+    ),
+    "hides a fragment behind all steps": Mutant(
+        "cost.py",
+        "alone - job.overlap * job.compute",
+        "alone - job.fragments * job.overlap * job.compute",
+        "test_cost.py",
+    ),
+    "ignores the statistics": Mutant(
+        "cost.py",
+        "longest is not None and longest < period",
+        "False",
+        "test_cost.py -k statistics",
+    ),
+    "plans for float32 whatever the rule sends": Mutant(
+        "plan/settings.py",
+        "settings.bits or 32,",
+        "32,",
+        "test_plan.py -k overlap",
+    ),
+    "times a sum of one number": Mutant(
+        "plan/measure.py",
+        "max(1, size // 4)",
+        "1",
+        "test_plan.py -k timed",
+    ),
 }
 
 

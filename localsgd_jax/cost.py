@@ -239,9 +239,8 @@ def advise(job: Job, link: Link, most: float, longest: int | None = None) -> Adv
     period = period_for_share(job, link, most)
     capped = longest is not None and longest < period
     if capped:
-        period = max(
-            checks.integer("advise(longest)", "longest", longest, 1), job.overlap
-        )
+        checks.integer("advise(longest)", "longest", longest, 1)
+        period = max(longest, job.overlap)
     return Advice(period, share(job, link, period), speedup(job, link, period), capped)
 
 

@@ -14,6 +14,7 @@ from localsgd_jax.base import Cluster, PyTree, State
 from localsgd_jax.ledger import Entry, ledger
 
 REPEATS, SHORTEST = 5, 0.05
+LARGE = 2**22  # Bytes enough for a bandwidth to show.
 
 
 class Measured(NamedTuple):
@@ -36,6 +37,8 @@ def measure(
 ) -> Measured:
     """Times the local steps of a cluster, and all-reduces of up to its model's size.
 
+    The largest all-reduce has 4 MB at least.
+
     Args:
       cluster, state, batch: as for `cluster.step`.
       mesh: on which the cluster lives.
@@ -54,7 +57,8 @@ def measure(
         )
     params = jax.tree.leaves(fields.read(state.workers, ["params"]))
     parameters = sum(x.size // cluster.workers for x in params)
-    sizes = tuple(max(4 * places, 4 * parameters // part) for part in (64, 8, 1))
+    largest = max(4 * parameters, LARGE)
+    sizes = tuple(largest // part for part in (64, 8, 1))
     seconds = tuple(all_reduce_seconds(mesh, axis, size) for size in sizes)
     sent = cluster.sent(state)[1] * cluster.workers / (2 * (cluster.workers - 1))
     job = cost.Job(

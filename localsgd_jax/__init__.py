@@ -1,5 +1,6 @@
 """Local SGD and its descendants in JAX: any optax optimizer, any pytree, any place."""
 
+from localsgd_jax.adaptive import Adaptive, adacomm, triggered
 from localsgd_jax.algorithm import Worker, from_train_step, local_sgd
 from localsgd_jax.base import (
     Algorithm,
@@ -9,24 +10,60 @@ from localsgd_jax.base import (
     State,
     SyncRule,
 )
+from localsgd_jax.consensus import consensus
 from localsgd_jax.deal import deal
+from localsgd_jax.diagnostics import measured
 from localsgd_jax.journal import NonFiniteLossError
 from localsgd_jax.ledger import NoisyStepError, assert_silent, ledger
-from localsgd_jax.placement import consensus, on_mesh, simulate
+from localsgd_jax.placement import on_mesh, simulate
 from localsgd_jax.rounds import fused, gated
-from localsgd_jax.rules import average, chain, keep, when
+from localsgd_jax.rules import (
+    average,
+    batch_statistics,
+    cast,
+    chain,
+    delay,
+    diloco,
+    elastic,
+    fedadam,
+    fedavgm,
+    flatten,
+    floats,
+    fragment,
+    gossip,
+    guard,
+    keep,
+    lookahead,
+    median,
+    mix,
+    outer,
+    overlap,
+    quantize,
+    reestimate,
+    reset,
+    shard,
+    signs,
+    slowmo,
+    topk,
+    trimmed_mean,
+    when,
+)
 from localsgd_jax.schedules import (
     Schedule,
     at,
+    early,
     every,
     growing,
+    late,
     never,
     post_local,
     quadratic,
+    spread,
 )
 from localsgd_jax.train import train
 
 __all__ = [
+    "Adaptive",
     "Algorithm",
     "Cluster",
     "Context",
@@ -37,25 +74,56 @@ __all__ = [
     "State",
     "SyncRule",
     "Worker",
+    "adacomm",
     "assert_silent",
     "at",
     "average",
+    "batch_statistics",
+    "cast",
     "chain",
     "consensus",
     "deal",
+    "delay",
+    "diloco",
+    "early",
+    "elastic",
     "every",
+    "fedadam",
+    "fedavgm",
+    "flatten",
+    "floats",
+    "fragment",
     "from_train_step",
     "fused",
     "gated",
+    "gossip",
     "growing",
+    "guard",
     "keep",
+    "late",
     "ledger",
     "local_sgd",
+    "lookahead",
+    "measured",
+    "median",
+    "mix",
     "never",
     "on_mesh",
+    "outer",
+    "overlap",
     "post_local",
     "quadratic",
+    "quantize",
+    "reestimate",
+    "reset",
+    "shard",
+    "signs",
     "simulate",
+    "slowmo",
+    "spread",
+    "topk",
     "train",
+    "triggered",
+    "trimmed_mean",
     "when",
 ]

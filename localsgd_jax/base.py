@@ -38,16 +38,39 @@ class RuleState(NamedTuple):
     own: PyTree = ()
 
 
+class Notes(NamedTuple):
+    """Numbers that a rule leaves in its agreed state for the history of a run.
+
+    Attributes:
+      numbers: scalars by name; `train` gives each a column.
+    """
+
+    numbers: dict[str, jax.Array]
+
+
+class Rows(NamedTuple):
+    """A part of `RuleState.own` that differs between workers from the beginning.
+
+    Attributes:
+      tree: leaves `(K, ...)`, a row for each worker; what is not in `Rows` is repeated.
+    """
+
+    tree: PyTree
+
+
 class SyncRule(NamedTuple):
     """How workers agree, written from one worker's point of view.
 
     Attributes:
       init: `init(tree) -> RuleState`.
       apply: `apply(tree, state, context) -> (tree, RuleState)`.
+      mean_over: the worker axes, () for all of them, if the rule is the plain weighted
+        mean over them; rules that change how a mean travels ask for it. Else None.
     """
 
     init: Callable[[PyTree], RuleState]
     apply: Callable[[PyTree, RuleState, Context], tuple[PyTree, RuleState]]
+    mean_over: tuple[str, ...] | None = None
 
 
 class Algorithm(NamedTuple):
@@ -101,6 +124,7 @@ class Cluster(NamedTuple):
         devices. `time=True` for leaves `(H, K, B, ...)`. Shapes give shapes.
       sent: `sent(state, round=None) -> (least, most)`; bytes that one worker sends in
         that round, or in any, if it has a link of its own.
+      algorithm: what one worker does.
       sync_if: `sync_if(due, state, weight=None) -> state`; a round of communication if
         `due`, a boolean that all workers share. Otherwise nothing is sent.
     """
@@ -111,4 +135,5 @@ class Cluster(NamedTuple):
     workers: int
     put: Callable[..., PyTree]
     sent: Callable[..., tuple[int, int]]
+    algorithm: Algorithm
     sync_if: Callable[..., State]

@@ -8,7 +8,7 @@ from localsgd_jax.base import PyTree
 
 def read(state: PyTree, names: Iterable[str]) -> dict[str, PyTree]:
     """Returns the named fields; names the one that is missing."""
-    known = _names(state)
+    known = of(state)
     for name in names:
         if name not in known:
             raise ValueError(
@@ -32,7 +32,7 @@ def write(state: PyTree, values: Mapping[str, PyTree]) -> PyTree:
     return state._replace(**values)
 
 
-def _names(state: PyTree) -> list[str]:
+def of(state: PyTree) -> list[str]:
     """Returns the names of all fields."""
     if isinstance(state, Mapping):
         return list(state)

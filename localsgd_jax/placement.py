@@ -9,8 +9,16 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from localsgd_jax import checks, fields, shapes
-from localsgd_jax.base import Algorithm, Cluster, Context, PyTree, RuleState, State
+from localsgd_jax import checks, shapes
+from localsgd_jax.base import (
+    Algorithm,
+    Cluster,
+    Context,
+    PyTree,
+    Rows,
+    RuleState,
+    State,
+)
 from localsgd_jax.ledger import sent_bytes
 
 LANE = "lane"
@@ -143,50 +151,6 @@ def on_mesh(
     )
 
 
-def consensus(state: State, field: str = "params") -> PyTree:
-    """Returns the averaged model.
-
-        x̄ = (1/K) Σₖ xₖ
-
-    The mean is accumulated in float32 at least; what has no mean (integers, keys) is
-    taken from worker 0.
-
-    Args:
-      state: state of a cluster, synchronised or not.
-      field: the field of the train state that holds the model.
-
-    Returns:
-      The model, without worker axis.
-
-    Raises:
-      ValueError: if the train state has no such field.
-
-    Example:
-      >>> import jax.numpy as jnp, optax
-      >>> import localsgd_jax as lsgd
-      >>> algorithm = lsgd.local_sgd(lambda w, b: (w - b) ** 2, optax.sgd(0.5),
-      ...                            rule=lsgd.average())
-      >>> cluster = lsgd.simulate(algorithm, workers=2)
-      >>> state, _ = cluster.step(cluster.init(jnp.zeros(())), jnp.array([1.0, 3.0]))
-      >>> consensus(state)
-      Array(2., dtype=float32)
-    """
-    return _mean_of_workers(fields.read(state.workers, [field])[field])
-
-
-@jax.jit
-def _mean_of_workers(tree: PyTree) -> PyTree:
-    """Averages over the leading axis."""
-
-    def mean(x: jax.Array) -> jax.Array:
-        if not jnp.issubdtype(x.dtype, jnp.inexact):
-            return x[0]
-        wide = jnp.promote_types(x.dtype, jnp.float32)
-        return jnp.mean(x, axis=0, dtype=wide).astype(x.dtype)
-
-    return jax.tree.map(mean, tree)
-
-
 def _cluster(
     algorithm: Algorithm,
     axes: Mapping[str, int],
@@ -238,6 +202,7 @@ def _cluster(
         count,
         partial(_put, count, mesh, tuple(axes)),
         partial(_sent, algorithm, axes),
+        algorithm,
         cluster_sync_if,
     )
 
@@ -368,15 +333,21 @@ def _init(
     def many(one: State) -> State:
         # Copies, since a buffer that stands in two places cannot be donated.
         copied = jax.tree.map(lambda x: _strong(jnp.copy(x)), one)
-        spread = partial(jax.tree.map, partial(_spread, count))
+        spread = partial(jax.tree.map, partial(_spread, count), is_leaf=_is_rows)
         return copied._replace(workers=spread(copied.workers), own=spread(copied.own))
 
     if mesh is None:
         return jax.eval_shape(many, one) if abstract else jax.jit(many)(one)
     within = partial(_within, mesh, names)
     split = partial(_within, mesh, names, lead=(names,))
+    rows = NamedSharding(mesh, P(names))
     shardings = jax.tree.map(within, one)._replace(
-        workers=jax.tree.map(split, one.workers), own=jax.tree.map(split, one.own)
+        workers=jax.tree.map(split, one.workers),
+        own=jax.tree.map(
+            lambda x: jax.tree.map(lambda _: rows, x) if _is_rows(x) else split(x),
+            one.own,
+            is_leaf=_is_rows,
+        ),
     )
     if abstract:
         return shapes.placed(jax.eval_shape(many, one), shardings)
@@ -384,8 +355,16 @@ def _init(
     return jax.jit(many, out_shardings=shardings)(placed)
 
 
-def _spread(count: int, x: jax.Array) -> jax.Array:
+def _is_rows(x: PyTree) -> bool:
+    """Returns whether a part has its row for each worker already."""
+    return isinstance(x, Rows)
+
+
+def _spread(count: int, x: jax.Array | Rows) -> jax.Array | Rows:
     """Repeats a leaf for K workers; a PRNG key becomes another key for each."""
+    if isinstance(x, Rows):
+        checks.leading("init(params): rows of the rule's own state", x.tree, count)
+        return x
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         keys = x.reshape(-1)
         fold = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (None, 0))

@@ -22,8 +22,23 @@ class Case(NamedTuple):
 
     rule: lsgd.SyncRule
     agrees: bool = True  # all workers are equal after every synchronisation
-    collectives: int = 1  # in the compiled synchronisation
+    collectives: int | tuple = (
+        1  # in the compiled synchronisation: all-reduces, or kinds
+    )
     conditional: bool = False  # whether they stand inside a conditional
+    symmetric: bool = True  # whether the order of the workers does not matter
+    places: tuple = ()  # where it is tried besides "simulate"; () for everywhere
+
+    @property
+    def kinds(self) -> list[str]:
+        """The collectives of the compiled synchronisation, or only their kinds."""
+        if isinstance(self.collectives, int):
+            return ["all-reduce"] * self.collectives
+        return sorted(self.collectives)
+
+    def seen(self, names: list[str]) -> list[str]:
+        """What a program holds, to compare with `kinds`."""
+        return sorted(names if isinstance(self.collectives, int) else set(names))
 
 
 def anchored(rate: float = 0.7, decay: float = 0.9) -> lsgd.SyncRule:
@@ -60,6 +75,8 @@ def anchored(rate: float = 0.7, decay: float = 0.9) -> lsgd.SyncRule:
     return lsgd.SyncRule(init, apply)
 
 
+FEW = ("mesh", "lanes")
+EXCHANGE = ("all-gather", "all-to-all")
 RULES = {
     "average": Case(lsgd.average()),
     "average_named": Case(lsgd.average("worker")),
@@ -73,12 +90,113 @@ RULES = {
         lsgd.when(lsgd.every(1), lsgd.average()), conditional=True
     ),
     "anchored": Case(anchored()),
+    "floats": Case(lsgd.floats(lsgd.average())),
+    "reset": Case(lsgd.reset(), collectives=0),
     "anchored_now_and_then": Case(
         lsgd.chain(lsgd.when(lsgd.at([1, 3]), anchored()), lsgd.keep()),
         agrees=False,
         conditional=True,
     ),
+    "outer": Case(lsgd.outer(optax.adam(0.1)), places=FEW),
+    "diloco": Case(lsgd.diloco()),
+    "shard": Case(
+        lsgd.shard(lsgd.diloco(), WORKERS),
+        symmetric=False,
+        collectives=("reduce-scatter", "all-gather"),
+        places=FEW,
+    ),
+    "elastic": Case(lsgd.elastic(), agrees=False, places=FEW),
+    "mix": Case(lsgd.mix(lsgd.diloco(), 0.5), agrees=False, places=FEW),
+    "overlap": Case(lsgd.overlap(lsgd.slowmo()), agrees=False, places=FEW),
+    "delay": Case(
+        lsgd.mix(lsgd.delay(lsgd.diloco()), 0.5),
+        agrees=False,
+        conditional=True,
+        places=FEW,
+    ),
+    "fragment": Case(
+        lsgd.fragment(lsgd.diloco(), 3),
+        agrees=False,
+        collectives=3,
+        conditional=True,
+        places=FEW,
+    ),
+    "flatten": Case(lsgd.flatten(lsgd.average()), places=FEW),
+    "quantize_8": Case(
+        lsgd.outer(optax.sgd(0.7), lsgd.quantize(lsgd.average(), 8, block=8)),
+        symmetric=False,
+        collectives=EXCHANGE,
+        places=FEW,
+    ),
+    "quantize_1": Case(
+        lsgd.outer(optax.sgd(0.7), lsgd.quantize(lsgd.average(), 1, block=8)),
+        symmetric=False,
+        collectives=EXCHANGE,
+        places=FEW,
+    ),
+    "cast": Case(
+        lsgd.outer(optax.sgd(0.7), lsgd.cast(lsgd.average())),
+        symmetric=False,
+        collectives=EXCHANGE,
+        places=FEW,
+    ),
+    "topk": Case(
+        lsgd.outer(optax.sgd(0.7), lsgd.topk(lsgd.average(), 0.3)),
+        collectives=("all-gather",),
+        places=FEW,
+    ),
+    "signs": Case(
+        lsgd.outer(optax.sgd(0.7), lsgd.signs(lsgd.average())),
+        collectives=("all-gather",),
+        places=FEW,
+    ),
+    "median": Case(
+        lsgd.outer(optax.sgd(0.7), lsgd.median()),
+        collectives=EXCHANGE,
+        places=FEW,
+    ),
+    "trimmed_mean": Case(
+        lsgd.outer(optax.sgd(0.7), lsgd.trimmed_mean(0.25)),
+        collectives=EXCHANGE,
+        places=FEW,
+    ),
+    "guard": Case(
+        lsgd.guard(lsgd.diloco(), warm_up=1),
+        collectives=("all-reduce", "all-gather"),
+        places=FEW,
+    ),
+    "measured": Case(
+        lsgd.measured(lsgd.diloco()),
+        collectives=("all-reduce", "all-gather", "all-to-all"),
+        places=FEW,
+    ),
+    "gossip_ring": Case(
+        lsgd.gossip("ring"),
+        agrees=False,
+        symmetric=False,
+        collectives=("collective-permute",),
+        places=FEW,
+    ),
+    "gossip_one_peer": Case(
+        lsgd.gossip("one-peer"),
+        agrees=False,
+        symmetric=False,
+        collectives=("collective-permute",),
+        conditional=True,
+        places=FEW,
+    ),
 }
+
+
+def pairs(places, **wanted) -> list[tuple[str, str]]:
+    """Rules of the table that are as wanted, with the places where each is tried."""
+    return [
+        (name, place)
+        for name, case in RULES.items()
+        for place in places
+        if (not case.places or place in ("simulate", *case.places))
+        and all(getattr(case, key) == value for key, value in wanted.items())
+    ]
 
 
 def mesh(**sizes: int) -> jax.sharding.Mesh:
@@ -173,8 +291,8 @@ def assert_close(left, right, rtol=1e-5, atol=1e-6):
         jax.tree.leaves_with_path(left), jax.tree.leaves(right), strict=True
     ):
         np.testing.assert_allclose(
-            np.asarray(x),
-            np.asarray(y),
+            raw(x),
+            raw(y),
             rtol=rtol,
             atol=atol,
             err_msg=jax.tree_util.keystr(path),
@@ -185,4 +303,10 @@ def assert_same(left, right):
     """Compares two trees bit for bit."""
     assert jax.tree.structure(left) == jax.tree.structure(right)
     for x, y in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
-        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+        np.testing.assert_array_equal(raw(x), raw(y))
+
+
+def raw(x):
+    """The numbers of a leaf, those of a typed key too."""
+    typed = jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key)
+    return np.asarray(jax.random.key_data(x) if typed else x)

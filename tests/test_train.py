@@ -153,6 +153,25 @@ def test_evaluation_sees_the_consensus_every_n_rounds_and_at_the_end(schedule):
         assert_close(params, lsgd.consensus(expected), rtol=1e-4, atol=1e-5)
 
 
+def test_a_resumed_run_looks_where_the_whole_run_looks():
+    verbs = cluster("simulate", "average")
+    state = verbs.init(network())
+    rounds = []
+    for part in (batches(20)[:8], batches(20)[8:]):
+        state, history = lsgd.train(
+            verbs,
+            state,
+            part,
+            every=2,
+            evaluate=lambda params: 1.0,
+            evaluate_every=3,
+            progress=False,
+        )
+        seen = ~np.isnan(history["evaluation"])
+        rounds.append(history["round"][seen].tolist())
+    assert rounds == [[3, 4], [6, 9, 10]]
+
+
 def test_evaluation_sees_the_mean_of_workers_that_differ():
     verbs = cluster("simulate", "keep")
     seen = []
@@ -362,7 +381,8 @@ def test_few_programs_are_compiled():
     [
         ({"every": 0}, ValueError, r"every\(h\): h must be at least 1, got 0"),
         ({"every": "often"}, TypeError, r"every\(h\): h must be an int, got 'often'"),
-        ({"steps": 0}, ValueError, r"train\(steps\): \w+ must be at least 1, got 0"),
+        ({"steps": -1}, ValueError, r"train\(steps\): \w+ must be at least 0, got -1"),
+        ({"save_every": 0}, ValueError, r"train\(save_every\): .* got 0"),
         ({"chunk": 0}, ValueError, r"train\(chunk\): \w+ must be at least 1, got 0"),
         ({"evaluate_every": 0}, ValueError, r"train\(evaluate_every\)"),
         (

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from localsgd_jax import collectives
 from localsgd_jax.base import Context, PyTree, RuleState, SyncRule
+from localsgd_jax.trees import choose
 
 
 def average(axis: collectives.Axis = None) -> SyncRule:
@@ -47,25 +48,26 @@ def average(axis: collectives.Axis = None) -> SyncRule:
     """
 
     def init(tree: PyTree) -> RuleState:
-        _check_has_mean(tree)
+        check_has_mean("average()", tree)
         return RuleState()
 
     def apply(
         tree: PyTree, state: RuleState, context: Context
     ) -> tuple[PyTree, RuleState]:
         mean, anyone = collectives.mean(tree, context, axis)
-        return jax.tree.map(lambda m, x: jnp.where(anyone, m, x), mean, tree), state
+        return choose(anyone, mean, tree), state
 
-    return SyncRule(init, apply)
+    names = (axis,) if isinstance(axis, str) else tuple(axis or ())
+    return SyncRule(init, apply, mean_over=names)
 
 
-def _check_has_mean(tree: PyTree) -> None:
+def check_has_mean(call: str, tree: PyTree) -> None:
     """Refuses leaves that a mean would silently turn into something else."""
     for path, leaf in jax.tree.leaves_with_path(tree):
         dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
         if not jnp.issubdtype(dtype, jnp.inexact):
             raise TypeError(
-                "average(): every leaf must be floating point or complex, got "
+                f"{call}: every leaf must be floating point or complex, got "
                 f"{dtype} at {jax.tree_util.keystr(path) or 'the root'}; leave "
-                "its field to keep()"
+                "its field to keep(), or what has no mean with floats(rule)"
             )

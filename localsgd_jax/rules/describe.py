@@ -1,0 +1,52 @@
+"""Names for rules, as they were called: what a checkpoint remembers of them."""
+
+import inspect
+from collections.abc import Callable, Mapping
+
+from localsgd_jax.base import SyncRule
+from localsgd_jax.schedules import Schedule
+
+_PLAIN = (str, int, float, type(None), Schedule)
+
+
+def describe(rule: SyncRule | Callable) -> str:
+    """Returns the call that made a rule, with the arguments that it still knows.
+
+    Rules within rules, schedules, numbers and names are arguments; functions and
+    arrays are not, so two rules that differ only in an outer learning rate have the
+    same name.
+
+    Args:
+      rule: a rule, or a function that holds rules, such as an algorithm's `sync`.
+
+    Returns:
+      One line.
+
+    Example:
+      >>> import localsgd_jax as lsgd
+      >>> describe(lsgd.when(lsgd.every(4), lsgd.average("pod")))
+      "when(rule=average(axis='pod'), schedule=every(4))"
+    """
+    function = rule.apply if isinstance(rule, SyncRule) else rule
+    known = inspect.getclosurevars(function).nonlocals
+    arguments = [
+        f"{name}={text}"
+        for name, value in sorted(known.items())
+        if (text := _describe_argument(value)) is not None
+    ]
+    name = function.__qualname__.removesuffix(f".<locals>.{function.__name__}")
+    return f"{name.rsplit('.')[-1]}({', '.join(arguments)})"
+
+
+def _describe_argument(value: object) -> str | None:
+    """Describes what a rule was made from; None for what has no short name."""
+    if isinstance(value, SyncRule):
+        return describe(value)
+    if isinstance(value, _PLAIN):
+        return repr(value)
+    if isinstance(value, Mapping):
+        parts = {name: _describe_argument(part) for name, part in value.items()}
+        return str(sorted(f"{name}: {text}" for name, text in parts.items() if text))
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(filter(None, map(_describe_argument, value)))}]"
+    return None

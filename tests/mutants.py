@@ -407,6 +407,12 @@ MUTANTS = {
         "1",
         "test_plan.py -k timed",
     ),
+    "counts each piece of a chain": Mutant(
+        "ledger/entries.py",
+        "if piece.chain else number",
+        "if False else number",
+        "test_ledger.py -k pieces",
+    ),
 }
 
 

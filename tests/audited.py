@@ -47,6 +47,37 @@ def fused_when(mesh):
     return fused(mesh, lsgd.when(lsgd.every(2), lsgd.average()))
 
 
+def gated_diloco(mesh):
+    return gated(mesh, lsgd.diloco())
+
+
+def gated_quantized(mesh):
+    return gated(mesh, lsgd.outer(optax.sgd(0.7), lsgd.quantize(lsgd.average(), 8)))
+
+
+def gated_gossip(mesh):
+    return gated(mesh, lsgd.gossip("ring"))
+
+
+def two_rounds(mesh, rule):
+    """Only a program of several rounds can exchange one during the next."""
+    one_round, state, batches = fused(mesh, rule)
+
+    def both(state, batches):
+        state, _ = one_round(state, batches)
+        return one_round(state, batches)
+
+    return both, state, batches
+
+
+def overlap(mesh):
+    return two_rounds(mesh, lsgd.overlap(lsgd.flatten(lsgd.average())))
+
+
+def overlap_in_shards(mesh):
+    return two_rounds(mesh, lsgd.overlap(lsgd.shard(lsgd.diloco(), 8)))
+
+
 def sync(mesh):
     cluster, state, _ = parts(mesh)
     return cluster.sync, state

@@ -12,6 +12,7 @@ from localsgd_jax.experiments.choices import OPTIMIZERS, PERIOD, SCHEDULES
 from localsgd_jax.experiments.one_line import one_line
 from localsgd_jax.experiments.run_directory import version
 from localsgd_jax.journal import NonFiniteLossError
+from localsgd_jax.plan.command import plan
 from localsgd_jax.reproduce.command import reproduce
 
 
@@ -162,4 +163,5 @@ def train(as_json: bool, **options) -> None:
 
 
 cli.add_command(audit)
+cli.add_command(plan)
 cli.add_command(reproduce)

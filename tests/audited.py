@@ -39,6 +39,45 @@ def fused(mesh, rule=None):
     return lsgd.fused(cluster), state, cluster.put(stacked, time=True)
 
 
+def gated_when(mesh):
+    return gated(mesh, lsgd.when(lsgd.every(2), lsgd.average()))
+
+
+def fused_when(mesh):
+    return fused(mesh, lsgd.when(lsgd.every(2), lsgd.average()))
+
+
+def gated_diloco(mesh):
+    return gated(mesh, lsgd.diloco())
+
+
+def gated_quantized(mesh):
+    return gated(mesh, lsgd.outer(optax.sgd(0.7), lsgd.quantize(lsgd.average(), 8)))
+
+
+def gated_gossip(mesh):
+    return gated(mesh, lsgd.gossip("ring"))
+
+
+def two_rounds(mesh, rule):
+    """Only a program of several rounds can exchange one during the next."""
+    one_round, state, batches = fused(mesh, rule)
+
+    def both(state, batches):
+        state, _ = one_round(state, batches)
+        return one_round(state, batches)
+
+    return both, state, batches
+
+
+def overlap(mesh):
+    return two_rounds(mesh, lsgd.overlap(lsgd.flatten(lsgd.average())))
+
+
+def overlap_in_shards(mesh):
+    return two_rounds(mesh, lsgd.overlap(lsgd.shard(lsgd.diloco(), 8)))
+
+
 def sync(mesh):
     cluster, state, _ = parts(mesh)
     return cluster.sync, state
@@ -107,3 +146,12 @@ def overlapped(mesh):
         shape((count, 1024, 1024), jnp.float32, sharding=split),
         shape((count, 6, 32, 1024), jnp.float32, sharding=split),
     )
+
+
+def measured(mesh):
+    """For `localsgd plan --measure`: a cluster, its state and a batch."""
+    algorithm = lsgd.local_sgd(loss_fn, optax.adam(1e-3), rule=lsgd.average())
+    cluster = lsgd.on_mesh(algorithm, mesh)
+    workers = cluster.workers
+    batch = jnp.ones((workers, 32, 256)), jnp.ones((workers, 32))
+    return cluster, cluster.init({"w": jnp.ones((256, 512))}), cluster.put(batch)

@@ -353,6 +353,66 @@ MUTANTS = {
         "if sizes[name] < 1:",
         "test_ledger.py -k nothing",
     ),
+    "lets a gated step talk at each step": Mutant(
+        "audit/inspection.py",
+        '"gated": lambda entry: entry.conditional',
+        '"gated": lambda entry: True',
+        "test_audit.py -k noisy",
+    ),
+    "lets a loop talk": Mutant(
+        "audit/inspection.py",
+        "entry.conditional or not entry.looped",
+        "True",
+        "test_audit.py -k noisy",
+    ),
+    "counts a round that was not due": Mutant(
+        "placement.py",
+        "turn = state.round + jnp.asarray(due, jnp.int32)",
+        "turn = state.round + 1",
+        "test_laws.py -k gated",
+    ),
+    "shards no moment": Mutant(
+        "shapes.py",
+        "known.get(x.shape)",
+        "None",
+        "test_placement.py -k shapes_give_shapes",
+    ),
+    "plans half of an all-reduce": Mutant(
+        "cost.py",
+        "hops = 2 * (workers - 1)\n    return",
+        "hops = workers - 1\n    return",
+        "test_cost.py",
+    ),
+    "hides a fragment behind all steps": Mutant(
+        "cost.py",
+        "alone - job.overlap * job.compute",
+        "alone - job.fragments * job.overlap * job.compute",
+        "test_cost.py",
+    ),
+    "ignores the statistics": Mutant(
+        "cost.py",
+        "longest is not None and longest < period",
+        "False",
+        "test_cost.py -k statistics",
+    ),
+    "plans for float32 whatever the rule sends": Mutant(
+        "plan/settings.py",
+        "settings.bits or 32,",
+        "32,",
+        "test_plan.py -k overlap",
+    ),
+    "times a sum of one number": Mutant(
+        "plan/measure.py",
+        "max(1, size // 4)",
+        "1",
+        "test_plan.py -k timed",
+    ),
+    "counts each piece of a chain": Mutant(
+        "ledger/entries.py",
+        "if piece.chain else number",
+        "if False else number",
+        "test_ledger.py -k pieces",
+    ),
 }
 
 

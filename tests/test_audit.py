@@ -131,7 +131,14 @@ families = pytest.mark.parametrize("family", TARGETS)
 
 @families
 @pytest.mark.parametrize(
-    "name, kind", [("local", "step"), ("gated", "gated"), ("fused", "round")]
+    "name, kind",
+    [
+        ("local", "step"),
+        ("gated", "gated"),
+        ("fused", "round"),
+        ("gated_when", "gated"),
+        ("fused_when", "round"),
+    ],
 )
 def test_the_librarys_programs_on_a_target(family, name, kind):
     status, found = compiled_for(family, name, "--as", kind)
@@ -140,6 +147,44 @@ def test_the_librarys_programs_on_a_target(family, name, kind):
     assert kinds == ([] if name == "local" else ["all-reduce"])
     for entry in found["collectives"]:
         assert entry["axes"] == ["worker"] and entry["bytes"] == 256 * 512 * 4
+
+
+@families
+@pytest.mark.parametrize(
+    "name, kinds, dtypes",
+    [
+        ("gated_diloco", {"all-reduce"}, {"f32"}),
+        ("gated_quantized", {"all-to-all", "all-gather"}, {"u8"}),
+        ("gated_gossip", {"collective-permute"}, {"f32"}),
+    ],
+)
+def test_rules_on_a_target(family, name, kinds, dtypes):
+    status, found = compiled_for(family, name, "--as", "gated")
+    assert (status, found["silent"]) == (0, True)
+    assert {entry["name"] for entry in found["collectives"]} == kinds
+    assert {
+        kind for entry in found["collectives"] for kind in entry["dtypes"]
+    } == dtypes
+
+
+@pytest.mark.parametrize(
+    "family, name, hidden",
+    [
+        ("gpu", "overlap", "all-reduce"),
+        ("gpu", "overlap_in_shards", "all-gather"),
+        ("tpu", "overlap_in_shards", "all-gather"),
+    ],
+)
+def test_a_round_is_exchanged_during_the_next(family, name, hidden):
+    status, found = compiled_for(family, name, "--as", "round")
+    assert status == 0
+    beside = {
+        work
+        for entry in found["collectives"]
+        if entry["name"] == hidden
+        for work in entry["beside"] or ()
+    }
+    assert "while" in beside
 
 
 @families

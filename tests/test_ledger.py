@@ -195,6 +195,46 @@ def test_a_collective_started_by_a_computation_of_its_own():
     assert entry.beside == ("fusion", "fusion")
 
 
+def test_a_collective_cut_into_pieces_is_one():
+    """As TPUs run an all-gather within a loop of local steps."""
+    gather = (
+        "f32[64]{0} all-gather(%p{0}), channel_id=2, replica_groups={{}}, "
+        'frontend_attributes={{chain_id="0"}}'
+    )
+    piece = """
+        %piece.{0} (p{0}: f32[8]) -> f32[64] {{
+          %p{0} = f32[8]{{0}} parameter(0)
+          ROOT %g{0} = %s
+        }}
+        """.replace("%s", gather)
+    text = program(
+        """
+        %x = f32[8]{0} parameter(0)
+        %s = f32[64]{0} fusion(%x), kind=kCustom, calls=%piece.1
+        %w = f32[8]{0} while(%x), condition=%test, body=%body
+        ROOT %d = f32[64]{0} fusion(%x), kind=kCustom, calls=%piece.4
+        """,
+        rest="\n".join(textwrap.dedent(piece.format(i)) for i in (1, 2, 3, 4))
+        + textwrap.dedent(
+            """
+            %body (p: f32[8]) -> f32[8] {
+              %p = f32[8]{0} parameter(0)
+              %f = f32[64]{0} fusion(%p), kind=kCustom, calls=%piece.2
+              ROOT %f.1 = f32[64]{0} fusion(%p), kind=kCustom, calls=%piece.3
+            }
+
+            %test (q: f32[8]) -> pred[] {
+              %q = f32[8]{0} parameter(0)
+              ROOT %c = pred[] constant(false)
+            }
+            """
+        ),
+    )
+    (entry,) = read(text)
+    assert (entry.name, entry.bytes, entry.sent) == ("all-gather", 32, 224)
+    assert (entry.path, entry.beside) == ((), ("while",))
+
+
 def counted(start="0", limit="6", step="1"):
     """A loop whose length only its constants tell."""
     return program(

@@ -1,6 +1,7 @@
 """Every collective of a compiled program: where it stands and what it sends."""
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -75,6 +76,8 @@ class Entry(NamedTuple):
       beside: None if devices wait for it; otherwise opcodes of what runs between its
         start and its end, which may be nothing.
       calls: the source that it comes from, innermost call first.
+      chain: name of what the compiler for TPUs has cut into pieces that run within
+        other work, in a loop of local steps for instance; the pieces are one entry.
     """
 
     name: str
@@ -86,6 +89,7 @@ class Entry(NamedTuple):
     path: tuple[Loop | Branch, ...] = ()
     beside: tuple[str, ...] | None = None
     calls: tuple[sources.Frame, ...] = ()
+    chain: str = ""
 
     @property
     def conditional(self) -> bool:
@@ -162,7 +166,7 @@ def read(text: str, sizes: Mapping[str, int] | None = None) -> tuple[Entry, ...]
     program = hlo.parse(text)
     name_axes = partial(groups.axes, sizes=sizes) if sizes else lambda found: None
     make = partial(_entry, program, name_axes, sources.frames(text))
-    return tuple(_walk(program, program.entry, (), make))
+    return _join(_walk(program, program.entry, (), make))
 
 
 def sent(
@@ -232,6 +236,24 @@ def _add(parts: Sequence[tuple[float, tuple]]) -> tuple[float, float]:
     return least, most
 
 
+def _join(pieces: Iterable[Entry]) -> tuple[Entry, ...]:
+    """Makes one entry of the pieces of a chain: its start, what it runs in, its end."""
+    found: dict[Any, list[Entry]] = {}
+    for number, piece in enumerate(pieces):
+        key = (piece.name, piece.chain) if piece.chain else number
+        found.setdefault(key, []).append(piece)
+    return tuple(
+        start._replace(beside=_hosts(start, later[:-1])) if later else start
+        for start, *later in found.values()
+    )
+
+
+def _hosts(start: Entry, pieces: Sequence[Entry]) -> tuple[str, ...]:
+    """Returns opcodes of what pieces run in, each once."""
+    looped = (len(piece.path) > len(start.path) for piece in pieces)
+    return tuple(dict.fromkeys("while" if loop else "fusion" for loop in looped))
+
+
 def _walk(
     program: hlo.Program, name: str, path: tuple, make: Callable
 ) -> Iterator[Entry]:
@@ -299,7 +321,15 @@ def _entry(
         path=path,
         beside=_beside(line, lines[place + 1 :]),
         calls=sources.calls_of(line.attributes, known),
+        chain=_chain(line),
     )
+
+
+def _chain(line: hlo.Instruction) -> str:
+    """Returns the name that the pieces of a collective share."""
+    chain = re.search(r'\bchain_id="(\w+)"', line.attributes)
+    channel = re.search(r"\bchannel_id=(\d+)", line.attributes)
+    return f"{channel[1] if channel else ''}/{chain[1]}" if chain else ""
 
 
 def _beside(

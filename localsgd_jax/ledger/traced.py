@@ -33,7 +33,9 @@ def sent_bytes(function: Callable, axes: Mapping[str, int], *args) -> tuple[int,
     cheapest and the dearest give the least and the most.
 
     This is what a worker with a link of its own sends; workers that share a device
-    really send less.
+    really send less. It is known before anything is compiled, for a given round, of
+    which a compiled program only says that one branch or the other runs; with a device
+    for each worker both agree, which the tests hold to.
 
     Args:
       function: what one worker calls.

@@ -1,0 +1,74 @@
+"""The planner's prediction against measured rounds, for K = 2, 4, 8 CPU devices.
+
+In each repetition local steps, all-reduces of three sizes and fused rounds are timed in
+turn; from the first two `cost.round_time` predicts the third. The ratio is the median
+over the repetitions. Aim: within 15 %.
+"""
+
+import statistics
+
+import jax
+import numpy as np
+import optax
+
+import localsgd_jax as lsgd
+from benchmarks import models
+from benchmarks.timing import once
+from localsgd_jax import cost
+from localsgd_jax.plan import measure
+
+DEVICES = (8,)
+
+
+def rounds(cluster: lsgd.Cluster, model: models.Model, period: int):
+    """A fused round that goes on from the state that it gave last."""
+    call = jax.jit(lsgd.fused(cluster), donate_argnums=0)
+    batches = jax.tree.map(
+        lambda x: np.broadcast_to(x, (period, cluster.workers, *x.shape)), model.batch
+    )
+    held, batches = [cluster.init(model.params)], cluster.put(batches, time=True)
+
+    def again():
+        held[0], metrics = call(held[0], batches)
+        return held[0], metrics
+
+    once(again)
+    return again
+
+
+def rows_for(model: models.Model, workers: int, periods, repeats: int) -> list[dict]:
+    mesh = jax.make_mesh((workers,), ("worker",), devices=jax.devices()[:workers])
+    made = lsgd.local_sgd(model.loss, optax.sgd(1e-3), rule=lsgd.average())
+    cluster = lsgd.on_mesh(made, mesh)
+    batch = jax.tree.map(lambda x: np.broadcast_to(x, (workers, *x.shape)), model.batch)
+    state, batch = cluster.init(model.params), cluster.put(batch)
+    calls = {period: rounds(cluster, model, period) for period in periods}
+    found: dict[int, list] = {period: [] for period in periods}
+    for _ in range(repeats):
+        measured = measure.measure(cluster, state, batch, mesh)
+        for period, call in calls.items():
+            seconds = once(call)
+            predicted = cost.round_time(measured.job, measured.link, period)
+            found[period].append((predicted, seconds, predicted / seconds))
+    return [
+        {
+            "K": workers,
+            "model": model.name,
+            "H": period,
+            "predicted ms": 1e3 * statistics.median(x for x, _, _ in runs),
+            "measured ms": 1e3 * statistics.median(x for _, x, _ in runs),
+            "predicted/measured": statistics.median(x for _, _, x in runs),
+        }
+        for period, runs in found.items()
+    ]
+
+
+def run(devices: int, tiny: bool) -> list[dict]:
+    del devices
+    model = models.mlp(8) if tiny else models.mlp()
+    counts, periods = ([2], [2]) if tiny else ([2, 4, 8], [4, 16, 64])
+    return [
+        row
+        for workers in counts
+        for row in rows_for(model, workers, periods, 1 if tiny else 5)
+    ]

@@ -1,0 +1,1 @@
+"""`localsgd plan`: which period pays on a network."""

@@ -3,8 +3,10 @@
 import math
 import re
 
+# In types of many parts the compiler counts them: `/*index=5*/`.
 COLLECTIVE = re.compile(
-    r"= (?P<type>[^=]*?) (?P<name>all-reduce|all-gather|reduce-scatter|all-to-all|"
+    r"= (?P<type>(?:/\*.*?\*/|[^=])*?) "
+    r"(?P<name>all-reduce|all-gather|reduce-scatter|all-to-all|"
     r"collective-permute|collective-broadcast|ragged-all-to-all)(?:-start)?\("
 )
 ARRAY = re.compile(

@@ -93,6 +93,18 @@ def test_the_reader_sees_a_noisy_step():
     assert programs.unconditional(text) == ["all-reduce"]
 
 
+def test_the_reader_sees_an_average_of_many_leaves():
+    """In a type of six parts and more the compiler writes /*index=5*/."""
+    made = lsgd.local_sgd(
+        lambda params, b: sum(map(jnp.sum, params)) * b,
+        optax.sgd(1.0),
+        rule=lsgd.average(),
+    )
+    verbs = lsgd.on_mesh(made, mesh(worker=8))
+    text = compiled(verbs.sync, verbs.init([jnp.zeros(3)] * 9))
+    assert programs.collectives(text) == [("all-reduce", 9 * 3 * 4)]
+
+
 @pytest.mark.parametrize("name", ["average", "chain", "anchored"])
 def test_sent_bytes_are_those_of_the_compiled_program(name):
     verbs = cluster("mesh", name)

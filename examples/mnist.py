@@ -11,6 +11,7 @@ that file once.
 """
 
 import argparse
+import itertools
 import os
 import pathlib
 import time
@@ -117,6 +118,7 @@ def run(
     *,
     workers: int,
     period: int,
+    alpha: float | None = None,
     epochs: float = 4,
     batch: int = 128,
     peak: float = 0.15,
@@ -147,6 +149,9 @@ def run(
     algorithm, start = from_linen(train_step, start, lsgd.average())
     cluster = lsgd.on_mesh(algorithm, worker_mesh(workers), workers)
     batches = lsgd.deal(train, workers=workers, batch=batch // workers, seed=seed)
+    if alpha:
+        shards = lsgd.dirichlet(train.digits, workers, alpha, seed=seed)
+        batches = lsgd.deal_shards(train, shards, batch // workers, seed=seed)
     _, history = lsgd.train(
         cluster,
         cluster.init(start),
@@ -173,23 +178,32 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     parser.add_argument("--workers", type=int, nargs="+", default=[4, 8])
     parser.add_argument("--periods", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--epochs", type=float, default=4)
+    parser.add_argument("--alphas", type=float, nargs="+", default=[None])
     options = parser.parse_args(arguments)
     train, test = load()
     rows = []
-    print(f"{'K':>3}{'H':>4}{'rounds':>8}{'MB':>8}{'accuracy':>10}{'seconds':>9}")
-    for workers in options.workers:
-        for period in options.periods:
-            began = time.perf_counter()
-            row = run(
-                train, test, workers=workers, period=period, epochs=options.epochs
-            )
-            rows.append(row | {"workers": workers, "period": period})
-            seconds = time.perf_counter() - began
-            print(
-                f"{workers:>3}{period:>4}{int(row['round']):>8}"
-                f"{row['bytes'] / 1e6:>8.1f}{row['accuracy']:>10.4f}{seconds:>9.1f}",
-                flush=True,
-            )
+    print(
+        f"{'alpha':>6}{'K':>3}{'H':>4}{'rounds':>8}{'MB':>8}{'accuracy':>10}"
+        f"{'seconds':>9}"
+    )
+    every = itertools.product(options.alphas, options.workers, options.periods)
+    for alpha, workers, period in every:
+        began = time.perf_counter()
+        row = run(
+            train,
+            test,
+            workers=workers,
+            period=period,
+            alpha=alpha,
+            epochs=options.epochs,
+        )
+        rows.append(row | {"alpha": alpha, "workers": workers, "period": period})
+        print(
+            f"{alpha or '-':>6}{workers:>3}{period:>4}{int(row['round']):>8}"
+            f"{row['bytes'] / 1e6:>8.1f}{row['accuracy']:>10.4f}"
+            f"{time.perf_counter() - began:>9.1f}",
+            flush=True,
+        )
     return rows
 
 

@@ -32,6 +32,7 @@ from localsgd_jax.schedules import (
     post_local,
     quadratic,
 )
+from localsgd_jax.shards import deal_shards, dirichlet
 from localsgd_jax.train import train
 
 __all__ = [
@@ -50,6 +51,8 @@ __all__ = [
     "chain",
     "consensus",
     "deal",
+    "deal_shards",
+    "dirichlet",
     "every",
     "floats",
     "from_train_step",

@@ -228,7 +228,7 @@ def _raw(leaf: jax.Array) -> jax.Array:
     return jax.random.key_data(leaf) if _is_key(leaf) else leaf
 
 
-def _typed(stored: jax.Array, like: jax.Array) -> jax.Array:
+def _typed(stored: jax.Array | np.ndarray, like: jax.Array) -> jax.Array:
     """Makes the numbers of a key a key again."""
     if not _is_key(like):
         return stored

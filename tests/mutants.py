@@ -250,6 +250,18 @@ MUTANTS = {
         "hand, deck = deck[: workers * batch], deck[workers * batch - 1 :]",
         "test_deal.py",
     ),
+    "gives workers of a shard the same order": Mutant(
+        "shards.py",
+        "(seed, k), step * batch",
+        "(seed, 0), 0 * step * batch",
+        "test_shards.py -k goes_on",
+    ),
+    "takes an example twice": Mutant(
+        "shards.py",
+        "piles = [p[n:] for",
+        "piles = [p[n // 2 :] for",
+        "test_shards.py -k disjoint",
+    ),
     "shuffles every epoch alike": Mutant(
         "deal.py",
         "np.random.default_rng((seed, epoch))",

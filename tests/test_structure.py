@@ -24,6 +24,7 @@ FLOORS = {
     "flax": 2,
     "placement": 3,
     "deal": 4,
+    "shards": 4,
     "feed": 4,
     "journal": 4,
     "rounds": 4,

@@ -65,7 +65,9 @@ def dirichlet(
     shards = []
     for _ in range(workers):
         wanted = rng.dirichlet(alpha * counts / len(labels))
-        taken = _draw(rng, wanted, [len(p) for p in piles], len(labels) // workers)
+        taken = _draw(
+            rng, wanted, np.array([len(p) for p in piles]), len(labels) // workers
+        )
         shards.append(
             np.concatenate([p[:n] for p, n in zip(piles, taken, strict=True)])
         )
@@ -156,10 +158,10 @@ def _stream(shard: np.ndarray, seed: tuple[int, int], start: int) -> Iterator[in
 
 
 def _draw(
-    rng: np.random.Generator, wanted: np.ndarray, left: list[int], count: int
+    rng: np.random.Generator, wanted: np.ndarray, left: np.ndarray, count: int
 ) -> np.ndarray:
     """Draws how many examples of each label to take, no more than are left."""
-    taken, left = np.zeros(len(left), np.int64), np.array(left)
+    taken = np.zeros(len(left), np.int64)
     while (lacking := count - taken.sum()) > 0:
         share = np.where(taken < left, wanted, 0)
         if not share.sum() > 0:  # Nothing left of what was wanted: anything else.

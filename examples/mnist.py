@@ -8,6 +8,14 @@ on two cores. Expected: at least 98.5 % of the test images right for H ≤ 16 (9
 H = 1, 98.7 to 98.8 % for H = 16 with a sixteenth of the bytes). It needs the extra
 `examples`, and mnist.npz in the directory that LOCALSGD_DATA names, or it downloads
 that file once.
+
+`--alphas` makes workers differ: each gets labels in proportions of its own. With
+`--workers 8 --epochs 2 --alphas 100 1 0.1`, 3 minutes, the percentages are
+
+    alpha     H = 1      4     16     64
+      100      98.7   98.6   98.3   97.7
+        1      98.1   97.9   97.6   96.2
+      0.1      94.0   97.2   96.8   95.0
 """
 
 import argparse

@@ -295,8 +295,9 @@ MUTANTS = {
     ),
     "waits for every dispatch": Mutant(
         "train.py",
-        "computing = due, metrics\n",
-        "journal.read((due, metrics), state)\n            computing = None\n",
+        "computing, examples = (due, metrics), examples + _count(taken)\n",
+        "journal.read((due, metrics), state)\n"
+        "            computing, examples = None, examples + _count(taken)\n",
         "test_train.py -k reads_ahead",
     ),
 }

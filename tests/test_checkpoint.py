@@ -441,6 +441,7 @@ KILLED = """
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_ten_kills_change_nothing(tmp_path):
     """SIGKILL at random moments, ten times in a row, against a run left alone."""
     here = str(pathlib.Path(__file__).parent)
@@ -467,7 +468,7 @@ def test_ten_kills_change_nothing(tmp_path):
     assert steps == sorted(steps) and len(set(steps)) > 3, steps
     for name in ("killed", "alone"):
         run = begin(name, 0)
-        _, errors = run.communicate(timeout=200)
+        _, errors = run.communicate(timeout=500)
         assert run.returncode == 0, errors[-2000:]
     killed, alone = (np.load(tmp_path / f"{name}.npz") for name in ("killed", "alone"))
     assert killed.files == alone.files

@@ -6,13 +6,14 @@ import numpy as np
 import optax
 import programs
 import pytest
-from cases import assert_close, mesh
+from cases import assert_close, assert_same, mesh
 from flax import linen as nn
 from flax.training.train_state import TrainState
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import localsgd_jax as lsgd
+from localsgd_jax.checkpoint import Checkpoints
 from localsgd_jax.flax import from_linen
 
 WIDTH = 16
@@ -130,3 +131,24 @@ def test_a_round_keeps_its_pieces_and_talks_to_workers_after_its_loop(shape):
         strict=True,
     ):
         assert new.sharding.is_equivalent_to(old.sharding, old.ndim)
+
+
+def test_a_checkpoint_moves_from_whole_workers_to_sharded_ones(tmp_path):
+    """Bit for bit onto the pieces, and to fewer workers by the mean."""
+    cluster, placed, plain = clusters((4, 2), "model")
+    with Checkpoints(tmp_path, plain) as saved:
+        before, _ = plain.step(plain.init(start()), batches(4, 1)[0])
+        saved.save(before)
+    with Checkpoints(tmp_path, cluster) as saved:
+        fresh = cluster.init(placed)
+        after, _ = saved.restore(fresh)
+    assert_same(jax.tree.leaves(after), jax.tree.leaves(before))
+    fewer, placed, _ = clusters((2, 4), "model")
+    with Checkpoints(tmp_path, fewer) as saved:
+        halved, _ = saved.restore(fewer.init(placed))
+    kernel = halved.workers.params["Dense_0"]["kernel"]
+    assert kernel.sharding.shard_shape(kernel.shape) == (1, WIDTH, WIDTH)
+    mean = np.asarray(before.workers.params["Dense_0"]["kernel"], np.float64).mean(0)
+    np.testing.assert_allclose(kernel, np.stack([mean] * 2), rtol=1e-6, atol=1e-7)
+    for leaf, like in zip(jax.tree.leaves(after), jax.tree.leaves(fresh), strict=True):
+        assert leaf.sharding == like.sharding

@@ -60,6 +60,7 @@ from localsgd_jax.schedules import (
     quadratic,
     spread,
 )
+from localsgd_jax.shards import deal_shards, dirichlet
 from localsgd_jax.train import train
 
 __all__ = [
@@ -83,8 +84,10 @@ __all__ = [
     "chain",
     "consensus",
     "deal",
+    "deal_shards",
     "delay",
     "diloco",
+    "dirichlet",
     "early",
     "elastic",
     "every",

@@ -101,13 +101,14 @@ class Checkpoints:
           examples: dealt to all workers since `restore`.
 
         Raises:
-          CheckpointError: if there is a checkpoint of that step already.
+          CheckpointError: if there is a checkpoint of that step or a later one.
         """
-        step = int(state.step)
-        if step in self._manager.all_steps():
+        step, latest = int(state.step), self._manager.latest_step()
+        if latest is not None and step <= latest:
             raise CheckpointError(
                 f"save(state): {self._manager.directory} has a checkpoint of step "
-                f"{step} already; go on from it with restore, or take another directory"
+                f"{latest} already, got a state of step {step}; go on with restore, or "
+                "take another directory"
             )
         about = self._same | {
             "workers": self._cluster.workers,
@@ -228,7 +229,7 @@ def _raw(leaf: jax.Array) -> jax.Array:
     return jax.random.key_data(leaf) if _is_key(leaf) else leaf
 
 
-def _typed(stored: jax.Array, like: jax.Array) -> jax.Array:
+def _typed(stored: Any, like: jax.Array) -> jax.Array:
     """Makes the numbers of a key a key again."""
     if not _is_key(like):
         return stored

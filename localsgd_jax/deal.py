@@ -45,7 +45,7 @@ def deal(
       >>> sorted(int(i) for _ in range(3) for i in next(batches)["x"].ravel())
       [0, 1, 2, 3, 4, 5]
     """
-    count = _count(data)
+    count = check_examples("deal(data)", data)
     workers = checks.integer("deal(workers)", "workers", workers, 1)
     batch = checks.integer("deal(batch)", "batch", batch, 1)
     seed = checks.integer("deal(seed)", "seed", seed, 0)
@@ -79,15 +79,15 @@ def _shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(count)
 
 
-def _count(data: PyTree) -> int:
-    """Returns the number of examples."""
+def check_examples(call: str, data: PyTree) -> int:
+    """Returns the number of examples; refuses leaves that do not agree on it."""
     counts = {
         jax.tree_util.keystr(path) or "the root": np.shape(leaf)[:1]
         for path, leaf in jax.tree.leaves_with_path(data)
     }
     if len(set(counts.values())) != 1 or set(counts.values()) & {(), (0,)}:
         raise ValueError(
-            "deal(data): every leaf must hold the same number of examples along its "
+            f"{call}: every leaf must hold the same number of examples along its "
             f"leading axis, and at least one, got {counts}"
         )
     return next(iter(counts.values()))[0]

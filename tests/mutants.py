@@ -250,6 +250,18 @@ MUTANTS = {
         "hand, deck = deck[: workers * batch], deck[workers * batch - 1 :]",
         "test_deal.py",
     ),
+    "gives workers of a shard the same order": Mutant(
+        "shards.py",
+        "(seed, k), step * batch",
+        "(seed, 0), 0 * step * batch",
+        "test_shards.py -k goes_on",
+    ),
+    "takes an example twice": Mutant(
+        "shards.py",
+        "piles = [p[n:] for",
+        "piles = [p[n // 2 :] for",
+        "test_shards.py -k disjoint",
+    ),
     "shuffles every epoch alike": Mutant(
         "deal.py",
         "np.random.default_rng((seed, epoch))",
@@ -283,8 +295,9 @@ MUTANTS = {
     ),
     "waits for every dispatch": Mutant(
         "train.py",
-        "computing = due, metrics\n",
-        "journal.read((due, metrics), state)\n            computing = None\n",
+        "computing, examples = (due, metrics), examples + _count(taken)\n",
+        "journal.read((due, metrics), state)\n"
+        "            computing, examples = None, examples + _count(taken)\n",
         "test_train.py -k reads_ahead",
     ),
     "takes a gather for a reduce": Mutant(

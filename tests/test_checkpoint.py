@@ -1,5 +1,6 @@
 """Checkpoints: bit for bit, on any number of workers, and refused where they misfit."""
 
+import functools
 import gc
 import itertools
 import os
@@ -283,11 +284,13 @@ def test_an_empty_directory_gives_the_state_back(tmp_path):
         assert saved.restore(fresh) == (fresh, 0)
 
 
-def test_a_step_is_saved_once(tmp_path):
+def test_a_run_that_begins_anew_does_not_save_among_the_old(tmp_path):
     state = saved_by_eight(tmp_path)
-    with Checkpoints(tmp_path, lsgd.simulate(made(), K)) as saved:
-        with pytest.raises(CheckpointError, match="a checkpoint of step 5 already"):
-            saved.save(state)
+    cluster = lsgd.simulate(made(), K)
+    with Checkpoints(tmp_path, cluster) as saved:
+        for late in (state, cluster.init(start())):
+            with pytest.raises(CheckpointError, match="of step 5 already, got a state"):
+                saved.save(late)
 
 
 def larger():
@@ -438,6 +441,7 @@ KILLED = """
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_ten_kills_change_nothing(tmp_path):
     """SIGKILL at random moments, ten times in a row, against a run left alone."""
     here = str(pathlib.Path(__file__).parent)
@@ -464,7 +468,7 @@ def test_ten_kills_change_nothing(tmp_path):
     assert steps == sorted(steps) and len(set(steps)) > 3, steps
     for name in ("killed", "alone"):
         run = begin(name, 0)
-        _, errors = run.communicate(timeout=200)
+        _, errors = run.communicate(timeout=500)
         assert run.returncode == 0, errors[-2000:]
     killed, alone = (np.load(tmp_path / f"{name}.npz") for name in ("killed", "alone"))
     assert killed.files == alone.files
@@ -483,3 +487,13 @@ def test_rules_have_the_names_of_their_calls():
         "floats": "floats(rule=average(axis=None))",
     }
     assert {name: describe(RULES[name].rule) for name in expected} == expected
+    made_so = functools.partial(_twice, lsgd.average(), bits=8, by=jnp.tanh)
+    rule = lsgd.SyncRule(lambda tree: lsgd.RuleState(), made_so)
+    assert describe(rule) == "_twice(0=average(axis=None), bits=8)"
+    assert describe(lsgd.SyncRule(None, optax.sgd(0.1))) == (
+        "GradientTransformationExtraArgs()"
+    )
+
+
+def _twice(rule, tree, state, context, *, bits, by):
+    """A rule made by functools.partial."""

@@ -92,6 +92,18 @@ def test_the_reader_sees_a_noisy_step():
     assert found.name == "all-reduce" and not found.conditional
 
 
+def test_the_reader_sees_an_average_of_many_leaves():
+    """In a type of six parts and more the compiler writes /*index=5*/."""
+    made = lsgd.local_sgd(
+        lambda params, b: sum(map(jnp.sum, params)) * b,
+        optax.sgd(1.0),
+        rule=lsgd.average(),
+    )
+    verbs = lsgd.on_mesh(made, mesh(worker=8))
+    (found,) = lsgd.ledger(verbs.sync, verbs.init([jnp.zeros(3)] * 9))
+    assert (found.name, found.bytes) == ("all-reduce", 9 * 3 * 4)
+
+
 @pytest.mark.parametrize("name", ["average", "chain", "anchored"])
 def test_sent_bytes_are_those_of_the_compiled_program(name):
     verbs = cluster("mesh", name)

@@ -30,6 +30,7 @@ FLOORS = {
     "consensus": 3,
     "placement": 3,
     "deal": 4,
+    "shards": 4,
     "feed": 4,
     "journal": 4,
     "rounds": 4,

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from localsgd_jax.base import SyncRule
 from localsgd_jax.schedules import Schedule
@@ -28,14 +29,26 @@ def describe(rule: SyncRule | Callable) -> str:
       "when(rule=average(axis='pod'), schedule=every(4))"
     """
     function = rule.apply if isinstance(rule, SyncRule) else rule
-    known = inspect.getclosurevars(function).nonlocals
     arguments = [
         f"{name}={text}"
-        for name, value in sorted(known.items())
+        for name, value in sorted(_known(function).items())
         if (text := _describe_argument(value)) is not None
     ]
-    name = function.__qualname__.removesuffix(f".<locals>.{function.__name__}")
-    return f"{name.rsplit('.')[-1]}({', '.join(arguments)})"
+    while isinstance(function, partial):
+        function = function.func
+    name = getattr(function, "__qualname__", type(function).__name__)
+    maker = name.split(".<locals>")[0].rsplit(".")[-1]
+    return f"{maker}({', '.join(arguments)})"
+
+
+def _known(function: Callable) -> dict[str, object]:
+    """Returns the values that a function was made with, by name."""
+    if isinstance(function, partial):
+        given = {f"{i}": value for i, value in enumerate(function.args)}
+        return _known(function.func) | given | function.keywords
+    if not inspect.isfunction(function):
+        return {}
+    return dict(inspect.getclosurevars(function).nonlocals)
 
 
 def _describe_argument(value: object) -> str | None:
@@ -48,5 +61,6 @@ def _describe_argument(value: object) -> str | None:
         parts = {name: _describe_argument(part) for name, part in value.items()}
         return str(sorted(f"{name}: {text}" for name, text in parts.items() if text))
     if isinstance(value, list | tuple):
-        return f"[{', '.join(filter(None, map(_describe_argument, value)))}]"
+        parts = [text for part in value if (text := _describe_argument(part))]
+        return f"[{', '.join(parts)}]" if parts else None
     return None

@@ -38,16 +38,39 @@ class RuleState(NamedTuple):
     own: PyTree = ()
 
 
+class Notes(NamedTuple):
+    """Numbers that a rule leaves in its agreed state for the history of a run.
+
+    Attributes:
+      numbers: scalars by name; `train` gives each a column.
+    """
+
+    numbers: dict[str, jax.Array]
+
+
+class Rows(NamedTuple):
+    """A part of `RuleState.own` that differs between workers from the beginning.
+
+    Attributes:
+      tree: leaves `(K, ...)`, a row for each worker; what is not in `Rows` is repeated.
+    """
+
+    tree: PyTree
+
+
 class SyncRule(NamedTuple):
     """How workers agree, written from one worker's point of view.
 
     Attributes:
       init: `init(tree) -> RuleState`.
       apply: `apply(tree, state, context) -> (tree, RuleState)`.
+      mean_over: the worker axes, () for all of them, if the rule is the plain weighted
+        mean over them; rules that change how a mean travels ask for it. Else None.
     """
 
     init: Callable[[PyTree], RuleState]
     apply: Callable[[PyTree, RuleState, Context], tuple[PyTree, RuleState]]
+    mean_over: tuple[str, ...] | None = None
 
 
 class Algorithm(NamedTuple):
@@ -91,16 +114,19 @@ class Cluster(NamedTuple):
     """The three verbs for K workers, wherever they live.
 
     Attributes:
-      init: `init(params) -> State`; every worker starts from `params`.
+      init: `init(params) -> State`; every worker starts from `params`. Given shapes
+        (`jax.ShapeDtypeStruct`), it returns shapes with shardings, to compile for.
       step: `step(state, batch) -> (state, metrics)`; leaves `(K, B, ...)` in, `(K,
         ...)` out. Never communicates.
       sync: `sync(state, weight=None) -> state`; one round of communication.
       workers: K.
       put: `put(batch, time=False) -> batch`; sends a host batch to the workers'
-        devices. `time=True` for leaves `(H, K, B, ...)`.
+        devices. `time=True` for leaves `(H, K, B, ...)`. Shapes give shapes.
       sent: `sent(state, round=None) -> (least, most)`; bytes that one worker sends in
         that round, or in any, if it has a link of its own.
       algorithm: what one worker does.
+      sync_if: `sync_if(due, state, weight=None) -> state`; a round of communication if
+        `due`, a boolean that all workers share. Otherwise nothing is sent.
     """
 
     init: Callable[[PyTree], State]
@@ -110,3 +136,4 @@ class Cluster(NamedTuple):
     put: Callable[..., PyTree]
     sent: Callable[..., tuple[int, int]]
     algorithm: Algorithm
+    sync_if: Callable[..., State]

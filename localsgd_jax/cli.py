@@ -1,4 +1,4 @@
-"""The commands `localsgd quickstart`, `localsgd train` and `localsgd reproduce`."""
+"""The commands of `localsgd`, each in the words of its help."""
 
 import contextlib
 import json
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from localsgd_jax.audit.command import audit
 from localsgd_jax.experiments.choices import OPTIMIZERS, PERIOD, SCHEDULES
 from localsgd_jax.experiments.one_line import one_line
 from localsgd_jax.experiments.run_directory import version
@@ -160,4 +161,5 @@ def train(as_json: bool, **options) -> None:
     click.echo(json.dumps(result, indent=2) if as_json else summary(result))
 
 
+cli.add_command(audit)
 cli.add_command(reproduce)

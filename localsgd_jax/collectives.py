@@ -1,11 +1,18 @@
-"""Where workers talk: the only file that names a `jax.lax` collective."""
+"""Where workers talk: the only file that names a `jax.lax` collective.
 
+Workers that share a device are lanes: an axis of workers is carried by a mesh axis and
+an axis of lanes, and every exchange goes over one carrier after the other. Workers are
+counted 0 to n − 1 in the order of the axes, outermost first.
+"""
+
+import math
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
 from localsgd_jax.base import Context, PyTree
+from localsgd_jax.trees import narrow, widen
 
 Axis = str | Sequence[str] | None
 
@@ -37,12 +44,10 @@ def mean(
     """
     names = _names(context, axis)
     carriers = _carriers(context, names)
-    wide = jax.tree.map(_widen, tree)
+    wide = widen(tree)
     if context.weight is None:
-        return _narrow(jax.lax.pmean(wide, carriers), tree), True
-    share = _widen(context.weight)
-    inner = _carriers(context, _inside(context, names))
-    share = jax.lax.psum(share, inner) if inner else share
+        return narrow(jax.lax.pmean(wide, carriers), tree), True
+    share = _group_weight(context, axis)
     parts = jax.tree.map(
         lambda x: jnp.where(share > 0, x * share.astype(x.dtype), 0), wide
     )
@@ -50,7 +55,216 @@ def mean(
     anyone = total > 0
     total = jnp.where(anyone, total, 1)
     averaged = jax.tree.map(lambda x: x / total.astype(x.dtype), summed)
-    return _narrow(averaged, tree), anyone
+    return narrow(averaged, tree), anyone
+
+
+def present(context: Context) -> tuple[jax.Array | bool, Context]:
+    """Returns whether anyone takes part, and a context in which somebody does.
+
+    Where all weights are 0 the new ones are 1, so that a rule within has something to
+    agree on; the caller throws it away.
+
+    Args:
+      context: of the rule that asks.
+
+    Returns:
+      A bool scalar that is the same for all workers, and the context.
+    """
+    weight = context.weight
+    if weight is None:
+        return True, context
+    anyone = jax.lax.psum(weight, _carriers(context, tuple(context.axes))) > 0
+    return anyone, context._replace(weight=jnp.where(anyone, weight, 1))
+
+
+@jax.custom_batching.custom_vmap
+def equal(tree: PyTree) -> PyTree:
+    """Declares that a tree is the same for all workers where the program cannot see it.
+
+    It costs nothing and proves nothing: use it only where the equation says so.
+
+    Args:
+      tree: any pytree.
+
+    Returns:
+      The tree, as one copy.
+    """
+    return tree
+
+
+@equal.def_vmap
+def _one_copy(size: int, batched: list, tree: PyTree) -> tuple[PyTree, PyTree]:
+    """Takes the first of several equal trees, in all axes around as well."""
+    del size
+    first = jax.tree.map(lambda x, many: equal(x[0] if many else x), tree, batched[0])
+    return first, jax.tree.map(lambda many: False, batched[0])
+
+
+def size(context: Context, axis: Axis = None) -> int:
+    """Returns n, the number of workers on an axis.
+
+    Args:
+      context: of the rule that asks.
+      axis: worker axis, or several; None for all.
+
+    Returns:
+      A Python int.
+    """
+    return math.prod(map(jax.lax.axis_size, _carriers(context, _names(context, axis))))
+
+
+def index(context: Context, axis: Axis = None) -> jax.Array:
+    """Returns which of the n workers on an axis this one is.
+
+    Args:
+      context: of the rule that asks.
+      axis: worker axis, or several; None for all.
+
+    Returns:
+      An int32 scalar.
+    """
+    place = jnp.int32(0)
+    for name in _carriers(context, _names(context, axis)):
+        place = place * jax.lax.axis_size(name) + jax.lax.axis_index(name)
+    return place
+
+
+def total(tree: PyTree, context: Context, axis: Axis = None) -> PyTree:
+    """Adds up each leaf over workers, whatever their weights.
+
+        Σₖ xₖ
+
+    Args:
+      tree: pytree of numbers.
+      context: of the rule that asks.
+      axis: worker axis, or several; None for all.
+
+    Returns:
+      The sum.
+    """
+    return jax.lax.psum(tree, _carriers(context, _names(context, axis)))
+
+
+def gather(tree: PyTree, context: Context, axis: Axis = None) -> PyTree:
+    """Gives everyone the trees of all.
+
+    Args:
+      tree: any pytree of arrays.
+      context: of the rule that asks.
+      axis: worker axis, or several; None for all.
+
+    Returns:
+      Leaves `(n, ...)`, a row for each worker.
+    """
+    carriers = _carriers(context, _names(context, axis))
+
+    def rows(x: jax.Array) -> jax.Array:
+        shape = jnp.shape(x)
+        for name in reversed(carriers):
+            x = jax.lax.all_gather(x, name)
+        return x.reshape(-1, *shape)
+
+    return jax.tree.map(rows, tree)
+
+
+def transpose(rows: PyTree, context: Context, axis: Axis = None) -> PyTree:
+    """Gives row j of every worker to worker j.
+
+    Args:
+      rows: leaves `(n, ...)`.
+      context: of the rule that asks.
+      axis: worker axis, or several; None for all.
+
+    Returns:
+      Leaves `(n, ...)`; row i comes from worker i.
+    """
+    carriers = _carriers(context, _names(context, axis))
+    sizes = [jax.lax.axis_size(name) for name in carriers]
+
+    def exchange(x: jax.Array) -> jax.Array:
+        # What is the same for all lanes, vmap's all-to-all would take for one lane's.
+        own = jnp.where(index(context, axis) >= 0, x, x)
+        grid = own.reshape(*sizes, *x.shape[1:])
+        for i, name in enumerate(carriers):
+            grid = jax.lax.all_to_all(grid, name, i, i)
+        return grid.reshape(x.shape)
+
+    return jax.tree.map(exchange, rows)
+
+
+def scatter_sum(rows: jax.Array, context: Context, axis: Axis = None) -> jax.Array:
+    """Gives worker j the sum of all rows j.
+
+    Args:
+      rows: `(n, ...)`.
+      context: of the rule that asks.
+      axis: worker axis, or several; None for all.
+
+    Returns:
+      One row, `(...)`.
+    """
+    carriers = _carriers(context, _names(context, axis))
+    rows = rows.reshape(*map(jax.lax.axis_size, carriers), *rows.shape[1:])
+    for name in carriers:
+        rows = jax.lax.psum_scatter(rows, name)
+    return rows
+
+
+def shift(tree: PyTree, by: int, context: Context, axis: Axis = None) -> PyTree:
+    """Gives everyone the tree of the worker that many places before.
+
+        yₖ = x₍ₖ₋ₛ₎,   counted modulo n
+
+    Args:
+      tree: any pytree of arrays.
+      by: s.
+      context: of the rule that asks.
+      axis: worker axis, or several; None for all.
+
+    Returns:
+      A tree like the first.
+    """
+    carriers = _carriers(context, _names(context, axis))
+    return jax.tree.map(lambda x: _shift(x, carriers, by), tree)
+
+
+def shares(context: Context, axis: Axis = None) -> jax.Array:
+    """Returns the weights of all workers, ones if there are none.
+
+    Args:
+      context: of the rule that asks.
+      axis: worker axis, or several; None for all.
+
+    Returns:
+      `(n,)`, float32 at least.
+    """
+    if context.weight is None:
+        return jnp.ones(size(context, axis))
+    return gather(_group_weight(context, axis), context, axis)
+
+
+def _group_weight(context: Context, axis: Axis) -> jax.Array:
+    """Returns what the workers of a group weigh together: over an inner axis, one."""
+    inner = _carriers(context, _inside(context, _names(context, axis)))
+    share = widen(jnp.asarray(context.weight))
+    return jax.lax.psum(share, inner) if inner else share
+
+
+def _shift(x: jax.Array, carriers: tuple[str, ...], by: int) -> jax.Array:
+    """Shifts over the inner carrier; what leaves it at its end enters the next one."""
+    by %= math.prod(map(jax.lax.axis_size, carriers))
+    if by == 0:
+        return x
+    *outer, name = carriers
+    count = jax.lax.axis_size(name)
+    rest = by % count
+    if rest:
+        x = jax.lax.ppermute(x, name, [(i, (i + rest) % count) for i in range(count)])
+    near = _shift(x, tuple(outer), by // count)
+    if not rest or not outer:
+        return near
+    far = _shift(x, tuple(outer), by // count + 1)
+    return jnp.where(jax.lax.axis_index(name) < rest, far, near)
 
 
 def _names(context: Context, axis: Axis) -> tuple[str, ...]:
@@ -70,19 +284,9 @@ def _names(context: Context, axis: Axis) -> tuple[str, ...]:
 def _inside(context: Context, names: tuple[str, ...]) -> tuple[str, ...]:
     """Returns the worker axes within the innermost of those named."""
     order = list(context.axes)
-    return tuple(order[max(map(order.index, names)) + 1 :])
+    return tuple(order[max(map(order.index, names), default=-1) + 1 :])
 
 
 def _carriers(context: Context, names: tuple[str, ...]) -> tuple[str, ...]:
     """Returns the named axes that carry worker axes."""
     return tuple(carrier for name in names for carrier in context.axes[name])
-
-
-def _widen(x: jax.Array) -> jax.Array:
-    """Casts to the dtype in which sums are accumulated."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-def _narrow(wide: PyTree, tree: PyTree) -> PyTree:
-    """Casts back to the dtypes of a tree."""
-    return jax.tree.map(lambda m, x: m.astype(x.dtype), wide, tree)

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Siz
 import jax
 import numpy as np
 
-from localsgd_jax.base import Cluster, State
-from localsgd_jax.placement import consensus
+from localsgd_jax.base import Cluster, Notes, State
+from localsgd_jax.consensus import consensus
 
 History = dict[str, np.ndarray]
 
@@ -36,6 +36,20 @@ class NonFiniteLossError(FloatingPointError):
         self.history, self.state = history, state
 
 
+def notes(state: State) -> dict[str, jax.Array]:
+    """Returns the numbers that rules have left for the history.
+
+    Args:
+      state: of a cluster.
+
+    Returns:
+      Scalars by name; where several rules use one name, the last one's.
+    """
+    parts = jax.tree.leaves(state.agreed, is_leaf=lambda x: isinstance(x, Notes))
+    found = [part.numbers for part in parts if isinstance(part, Notes)]
+    return {name: number for numbers in found for name, number in numbers.items()}
+
+
 class Journal:
     """The history: a row for each round, made from the metrics of its steps."""
 
@@ -54,26 +68,26 @@ class Journal:
         self.record, self.bar = record, None
         self.step, self.round, self.bytes = int(state.step), int(state.round), 0
         self.began, self.rows, self.recorded = time.perf_counter(), [], 0
-        self.unfinished = []
+        self.unfinished, self.told = [], 0
 
     def read(self, computed: tuple | None, state: State) -> None:
         """Waits for the metrics of a dispatch and ends the rounds in it."""
         if computed is None:
             return
-        due, metrics = computed
-        metrics = {name: np.asarray(values) for name, values in metrics.items()}
+        due, (metrics, noted) = computed
+        metrics, noted = jax.tree.map(np.asarray, (metrics, noted))
         for i, end in enumerate(due):
             now = {name: values[i] for name, values in metrics.items()}
             self.step += 1
             self._check_finite(now.get("loss"), state)
             self.unfinished.append({name: x.mean() for name, x in now.items()})
             if end:
-                self.end_round()
+                self.end_round({name: values[i] for name, values in noted.items()})
         if self.bar is not None:
             self.bar.update(len(due))
 
-    def end_round(self) -> None:
-        """Adds the row of a round."""
+    def end_round(self, noted: Mapping) -> None:
+        """Adds the row of a round, with the notes of its rules."""
         self._write()
         self.round += 1
         least, most = self.range
@@ -88,10 +102,17 @@ class Journal:
         row |= {
             name: float(np.mean([step[name] for step in steps])) for name in steps[0]
         }
+        row |= {name: float(number) for name, number in noted.items()}
         self.rows.append(row)
         if self.bar is not None:
             shown = {"loss": row["loss"]} if "loss" in row else {}
             self.bar.set_postfix(shown | {"round": self.round, "MB": self.bytes / 1e6})
+
+    def news(self) -> list[dict]:
+        """Returns the rows since the last call."""
+        rows = self.rows[self.told :]
+        self.told = len(self.rows)
+        return rows
 
     def look(self, state: State) -> None:
         """Evaluates the consensus at the end of the last round, once."""

@@ -9,8 +9,17 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from localsgd_jax import checks, fields, ledger
-from localsgd_jax.base import Algorithm, Cluster, Context, PyTree, RuleState, State
+from localsgd_jax import checks, shapes
+from localsgd_jax.base import (
+    Algorithm,
+    Cluster,
+    Context,
+    PyTree,
+    Rows,
+    RuleState,
+    State,
+)
+from localsgd_jax.ledger import sent_bytes
 
 LANE = "lane"
 
@@ -142,54 +151,6 @@ def on_mesh(
     )
 
 
-def consensus(state: State, field: str | Sequence[str] | None = "params") -> PyTree:
-    """Returns the averaged model.
-
-        x̄ = (1/K) Σₖ xₖ
-
-    The mean is accumulated in float32 at least; what has no mean (integers, keys) is
-    taken from worker 0.
-
-    Args:
-      state: state of a cluster, synchronised or not.
-      field: the field of the train state that holds the model; for several names a
-        dict of them; for None the whole train state.
-
-    Returns:
-      The model, without worker axis.
-
-    Raises:
-      ValueError: if the train state has no such field.
-
-    Example:
-      >>> import jax.numpy as jnp, optax
-      >>> import localsgd_jax as lsgd
-      >>> algorithm = lsgd.local_sgd(lambda w, b: (w - b) ** 2, optax.sgd(0.5),
-      ...                            rule=lsgd.average())
-      >>> cluster = lsgd.simulate(algorithm, workers=2)
-      >>> state, _ = cluster.step(cluster.init(jnp.zeros(())), jnp.array([1.0, 3.0]))
-      >>> consensus(state)
-      Array(2., dtype=float32)
-    """
-    if field is None:
-        return _mean_of_workers(state.workers)
-    found = _mean_of_workers(fields.read(state.workers, _as_tuple(field)))
-    return found[field] if isinstance(field, str) else found
-
-
-@jax.jit
-def _mean_of_workers(tree: PyTree) -> PyTree:
-    """Averages over the leading axis."""
-
-    def mean(x: jax.Array) -> jax.Array:
-        if not jnp.issubdtype(x.dtype, jnp.inexact):
-            return x[0]
-        wide = jnp.promote_types(x.dtype, jnp.float32)
-        return jnp.mean(x, axis=0, dtype=wide).astype(x.dtype)
-
-    return jax.tree.map(mean, tree)
-
-
 def _cluster(
     algorithm: Algorithm,
     axes: Mapping[str, int],
@@ -200,21 +161,9 @@ def _cluster(
 ) -> Cluster:
     """Makes the verbs of K workers from those of the workers at one place."""
     count = math.prod(axes.values())
-    split, same = (P(tuple(axes)), P())
+    sync_if = partial(_sync_if, sync)
     if mesh is not None:
-        # Every value in here is a worker's own copy or reduced by the rule itself, so
-        # varying-axes checks have nothing to add; with them a worker's gradient of
-        # anything replicated would be summed over workers, and cond around a pmean
-        # would not type-check.
-        spread = partial(
-            jax.shard_map, mesh=mesh, axis_names=set(axes), check_vma=False
-        )
-        step = spread(step, in_specs=(split, split), out_specs=(split, split))
-        sync = spread(
-            sync,
-            in_specs=(split, split, same, same, split),
-            out_specs=(split, split, same),
-        )
+        step, sync, sync_if = _spread_over(mesh, axes, step, sync, sync_if)
 
     @jax.jit
     def cluster_step(state: State, batch: PyTree) -> tuple[State, PyTree]:
@@ -230,8 +179,21 @@ def _cluster(
         )
         return State(state.step, turn, workers, own, agreed)
 
+    @jax.jit
+    def communicate_if(due: jax.Array, state: State, weight: jax.Array | None) -> State:
+        turn = state.round + jnp.asarray(due, jnp.int32)
+        workers, own, agreed = sync_if(
+            due, state.workers, state.own, state.agreed, turn, weight
+        )
+        return State(state.step, turn, workers, own, agreed)
+
     def cluster_sync(state: State, weight: jax.Array | None = None) -> State:
         return communicate(state, checks.weight(weight, count))
+
+    def cluster_sync_if(
+        due: jax.Array | bool, state: State, weight: jax.Array | None = None
+    ) -> State:
+        return communicate_if(due, state, checks.weight(weight, count))
 
     return Cluster(
         partial(_init, algorithm, count, mesh, tuple(axes)),
@@ -241,6 +203,31 @@ def _cluster(
         partial(_put, count, mesh, tuple(axes)),
         partial(_sent, algorithm, axes),
         algorithm,
+        cluster_sync_if,
+    )
+
+
+def _spread_over(
+    mesh: Mesh,
+    axes: Mapping[str, int],
+    step: Callable,
+    sync: Callable,
+    sync_if: Callable,
+) -> tuple[Callable, Callable, Callable]:
+    """Runs the verbs of a place at each place of a mesh."""
+    split, same = P(tuple(axes)), P()
+    # Every value in here is a worker's own copy or reduced by the rule itself, so
+    # varying-axes checks have nothing to add; with them a worker's gradient of anything
+    # replicated would be summed over workers, and cond around a pmean would not
+    # type-check.
+    spread = partial(jax.shard_map, mesh=mesh, axis_names=set(axes), check_vma=False)
+    parts = (split, split, same)
+    return (
+        spread(step, in_specs=(split, split), out_specs=(split, split)),
+        spread(sync, in_specs=(*parts, same, split), out_specs=parts),
+        # The conditional stands inside: around a shard_map, the compiler for GPUs of
+        # JAX 0.11 gathers all that the branches return, due or not.
+        spread(sync_if, in_specs=(same, *parts, same, split), out_specs=parts),
     )
 
 
@@ -251,10 +238,10 @@ def _sent(
     turn: int | None = None,
 ) -> tuple[int, int]:
     """Counts what one worker sends in a round, as if it had a device of its own."""
-    shapes = jax.eval_shape(lambda state: state, state)
+    given = jax.eval_shape(lambda state: state, state)
     worker, own = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype),
-        (shapes.workers, shapes.own),
+        (given.workers, given.own),
     )
     carriers = {name: (name,) for name in axes}
 
@@ -262,7 +249,7 @@ def _sent(
         context = Context(carriers, traced_turn if turn is None else turn)
         return algorithm.sync(worker, RuleState(agreed, own), context)
 
-    return ledger.sent_bytes(talk, axes, worker, own, shapes.agreed, shapes.round)
+    return sent_bytes(talk, axes, worker, own, given.agreed, given.round)
 
 
 def _each(step: Callable, lanes: str) -> Callable:
@@ -316,6 +303,16 @@ def _together(
     return together
 
 
+def _sync_if(sync: Callable, due, workers, own, agreed, turn, weight):
+    """Synchronises the workers at a place, or leaves them as they are."""
+    return jax.lax.cond(
+        due,
+        lambda parts: sync(*parts, turn, weight),
+        lambda parts: parts,
+        (workers, own, agreed),
+    )
+
+
 def _init(
     algorithm: Algorithm,
     count: int,
@@ -323,30 +320,51 @@ def _init(
     names: tuple[str, ...],
     params: PyTree,
 ) -> State:
-    """Gives every worker a copy of its own."""
-    worker, rule_state = algorithm.init(params)
+    """Gives every worker a copy of its own; shapes give shapes."""
+    abstract = shapes.abstract(params)
+    worker, rule_state = (
+        shapes.like(jax.eval_shape(algorithm.init, params), params)
+        if abstract
+        else algorithm.init(params)
+    )
     zero = jnp.int32(0)
     one = State(zero, zero, worker, rule_state.own, rule_state.agreed)
 
     def many(one: State) -> State:
         # Copies, since a buffer that stands in two places cannot be donated.
         copied = jax.tree.map(lambda x: _strong(jnp.copy(x)), one)
-        spread = partial(jax.tree.map, partial(_spread, count))
+        spread = partial(jax.tree.map, partial(_spread, count), is_leaf=_is_rows)
         return copied._replace(workers=spread(copied.workers), own=spread(copied.own))
 
     if mesh is None:
-        return jax.jit(many)(one)
+        return jax.eval_shape(many, one) if abstract else jax.jit(many)(one)
     within = partial(_within, mesh, names)
     split = partial(_within, mesh, names, lead=(names,))
+    rows = NamedSharding(mesh, P(names))
     shardings = jax.tree.map(within, one)._replace(
-        workers=jax.tree.map(split, one.workers), own=jax.tree.map(split, one.own)
+        workers=jax.tree.map(split, one.workers),
+        own=jax.tree.map(
+            lambda x: jax.tree.map(lambda _: rows, x) if _is_rows(x) else split(x),
+            one.own,
+            is_leaf=_is_rows,
+        ),
     )
+    if abstract:
+        return shapes.placed(jax.eval_shape(many, one), shardings)
     placed = jax.tree.map(lambda x: jax.device_put(x, within(x)), one)
     return jax.jit(many, out_shardings=shardings)(placed)
 
 
-def _spread(count: int, x: jax.Array) -> jax.Array:
+def _is_rows(x: PyTree) -> bool:
+    """Returns whether a part has its row for each worker already."""
+    return isinstance(x, Rows)
+
+
+def _spread(count: int, x: jax.Array | Rows) -> jax.Array | Rows:
     """Repeats a leaf for K workers; a PRNG key becomes another key for each."""
+    if isinstance(x, Rows):
+        checks.leading("init(params): rows of the rule's own state", x.tree, count)
+        return x
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         keys = x.reshape(-1)
         fold = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (None, 0))
@@ -380,12 +398,13 @@ def _put(
     batch: PyTree,
     time: bool = False,
 ) -> PyTree:
-    """Sends a host batch to the workers' devices."""
+    """Sends a host batch to the workers' devices; shapes give shapes."""
     checks.leading("put(batch)", batch, count, int(time))
-    if mesh is None:
-        return jax.device_put(batch)
     spec = P(None, names) if time else P(names)
-    return jax.device_put(batch, NamedSharding(mesh, spec))
+    sharding = None if mesh is None else NamedSharding(mesh, spec)
+    if shapes.abstract(batch):
+        return shapes.placed(batch, jax.tree.map(lambda x: sharding, batch))
+    return jax.device_put(batch, sharding)
 
 
 def _as_tuple(value: str | int | Sequence) -> tuple:

@@ -46,7 +46,7 @@ def gated(cluster: Cluster, schedule: Callable) -> Callable:
         state: State, batch: PyTree, weight: jax.Array | None = None
     ) -> tuple[State, PyTree]:
         state, metrics = cluster.step(state, batch)
-        return sync_if(cluster, schedule(state.step), state, weight), metrics
+        return cluster.sync_if(schedule(state.step), state, weight), metrics
 
     return step
 
@@ -83,12 +83,3 @@ def fused(cluster: Cluster) -> Callable:
         return cluster.sync(state, weight), metrics
 
     return one_round
-
-
-def sync_if(
-    cluster: Cluster, due: jax.Array | bool, state: State, weight: jax.Array | None
-) -> State:
-    """Synchronises inside a conditional on a predicate that all workers share."""
-    return jax.lax.cond(
-        due, lambda state: cluster.sync(state, weight), lambda state: state, state
-    )

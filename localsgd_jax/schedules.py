@@ -204,6 +204,109 @@ def growing(h: int, rounds: int = 1, factor: int = 2) -> Schedule:
     return Schedule(due, f"growing({h}, {rounds}, {factor})")
 
 
+def spread(h: int, n: int) -> Schedule:
+    """Synchronises n times in every h steps, as evenly as whole steps allow.
+
+        I = {ch + ⌊(p + 1)h/n⌋ : c = 0, 1, …, p = 0, …, n − 1}
+
+    Fragment p of `fragment(rule, n)` has its turn every h steps exactly, whether n
+    divides h or not. `spread(h, 1)` equals `every(h)`.
+
+    Args:
+      h: period of a fragment in local steps.
+      n: fragments, at most h.
+
+    Returns:
+      A schedule.
+
+    Raises:
+      TypeError: if an argument is not an int.
+      ValueError: if one is below 1, or n above h.
+
+    Example:
+      >>> spread(10, 4).steps(20)
+      [2, 5, 7, 10, 12, 15, 17, 20]
+
+    References:
+      Douillard et al., Streaming DiLoCo with overlapping communication, 2025, section
+      2.2. arXiv:2501.18512
+    """
+    h = checks.integer("spread(h, n)", "h", h, 1)
+    n = checks.integer("spread(h, n)", "n", n, 1)
+    if n > h:
+        raise ValueError(f"spread(h, n): n must be at most h, got n = {n} and h = {h}")
+
+    # t = ⌊mh/n⌋ for a whole m if one lies in [tn/h, (t + 1)n/h): if their ⌈·⌉ differ.
+    def due(t: Step) -> bool | jax.Array:
+        return (t > 0) & ((t * n + n - 1) // h > (t * n - 1) // h)
+
+    return Schedule(due, f"spread({h}, {n})")
+
+
+def early(schedule: Schedule, tau: int) -> Schedule:
+    """Synchronises τ steps before each index of a schedule, and at it.
+
+        I = {s − τ, s : s ∈ J}
+
+    For `delay(rule)`: snapshots are taken early and agreed on when J says so.
+
+    Args:
+      schedule: J.
+      tau: τ, below the least number of steps between two indices of J.
+
+    Returns:
+      A schedule.
+
+    Raises:
+      TypeError: if an argument is not what it must be.
+      ValueError: if τ is below 1 or not smaller than the spacing, which is looked at
+        over the first thousand steps.
+
+    Example:
+      >>> early(every(6), 2).steps(12)
+      [4, 6, 10, 12]
+
+    References:
+      Douillard et al., Streaming DiLoCo with overlapping communication, 2025, section
+      2.3. arXiv:2501.18512
+    """
+    tau = _check_delay("early", schedule, tau)
+    return Schedule(
+        lambda t: schedule(t) | ((t > 0) & schedule(t + tau)),
+        f"early({schedule!r}, {tau})",
+    )
+
+
+def late(schedule: Schedule, tau: int) -> Schedule:
+    """Synchronises at each index of a schedule, and τ steps after it.
+
+        I = {s, s + τ : s ∈ J}
+
+    For `delay(rule)`: snapshots are taken when J says so and agreed on late.
+
+    Args:
+      schedule: J.
+      tau: τ, below the least number of steps between two indices of J.
+
+    Returns:
+      A schedule.
+
+    Raises:
+      TypeError: if an argument is not what it must be.
+      ValueError: if τ is below 1 or not smaller than the spacing, which is looked at
+        over the first thousand steps.
+
+    Example:
+      >>> late(every(6), 2).steps(14)
+      [6, 8, 12, 14]
+    """
+    tau = _check_delay("late", schedule, tau)
+    return Schedule(
+        lambda t: schedule(t) | ((t > tau) & schedule(t - tau)),
+        f"late({schedule!r}, {tau})",
+    )
+
+
 def quadratic(
     lr_schedule: Callable[[Step], float | jax.Array], alpha: float, h_base: int
 ) -> Schedule:
@@ -273,6 +376,21 @@ def quadratic(
         return due_traced(t) if isinstance(t, jax.Array) else due_int(t)
 
     return Schedule(due, f"quadratic(…, {alpha}, {h_base})")
+
+
+def _check_delay(call: str, schedule: Schedule, tau: int) -> int:
+    """Refuses a delay that is not smaller than the spacing."""
+    if not isinstance(schedule, Schedule):
+        raise TypeError(f"{call}(schedule): a schedule is needed, got {schedule!r}")
+    tau = checks.integer(f"{call}(tau)", "tau", tau, 1)
+    steps = [0, *schedule.steps(1000)]
+    spacing = min((b - a for a, b in itertools.pairwise(steps)), default=tau + 1)
+    if tau >= spacing:
+        raise ValueError(
+            f"{call}(schedule, tau): tau must be smaller than the {spacing} steps "
+            f"between two indices of {schedule!r}, got {tau}"
+        )
+    return tau
 
 
 def _among(t: Step, known: frozenset[int]) -> bool | jax.Array:

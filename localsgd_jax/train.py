@@ -7,12 +7,14 @@ from functools import partial
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from localsgd_jax import checks, rounds, schedules
+from localsgd_jax.adaptive import Adaptive
 from localsgd_jax.base import Cluster, PyTree, State
 from localsgd_jax.feed import Queue
-from localsgd_jax.journal import History, Journal, open_bar
+from localsgd_jax.journal import History, Journal, notes, open_bar
 
 
 def train(
@@ -65,8 +67,9 @@ def train(
       The state and the history: NumPy columns with an entry for each round. "step" and
       "round" at its end; "seconds", compilation included, and "bytes" sent by each
       worker, as if it had a link of its own, both since this call began; the mean over
-      the round of every metric that is one number for each worker, such as "loss"; and
-      what `evaluate` gave, NaN for rounds that were not evaluated.
+      the round of every metric that is one number for each worker, such as "loss"; what
+      rules note, such as "left_out" of `guard`; and what `evaluate` gave, NaN for
+      rounds that were not evaluated.
 
     Raises:
       NonFiniteLossError: when the metric "loss" of a worker is NaN or infinite; it
@@ -88,6 +91,7 @@ def train(
     """
     schedule = every if callable(every) else schedules.every(every)
     checks.integer("train(evaluate_every)", "evaluate_every", evaluate_every, 1)
+    look_every = evaluate_every if evaluate else math.inf
     checks.integer("train(chunk)", "chunk", chunk, 1)
     checks.integer("train(save_every)", "save_every", save_every, 1)
     if steps is not None:
@@ -98,8 +102,7 @@ def train(
     start, examples, computing = int(state.step), 0, None
     # Counted from the first round of all, so that a run that was interrupted looks,
     # saves and cuts its dispatches where it would have done without.
-    until_look = evaluate_every - journal.round % evaluate_every
-    until_look = until_look if evaluate else math.inf
+    until_look = look_every - journal.round % look_every
     with open_bar(progress, steps, batches) as journal.bar:
         while limit := queue.ready():
             if save:
@@ -107,17 +110,17 @@ def train(
             limit = _steps_to_look(schedule, start, limit, until_look)
             segment = plan(schedule, start, limit, chunk)
             due = [bool(schedule(start + i + 1)) for i in range(segment.steps)]
-            taken = queue.pop(segment.steps)
-            state, metrics = run(segment, state, taken, due)
+            state, seen = run(segment, state, taken := queue.pop(segment.steps), due)
             # One dispatch computes while the host reads the metrics of the one before
             # and loads the next: never more than two are queued.
             journal.read(computing, state)
+            _teach(schedule, journal, start + segment.steps)
             start, until_look = start + segment.steps, until_look - sum(due)
-            computing, examples = (due, metrics), examples + _count(taken)
+            computing, examples = (due, seen), examples + _count(taken)
             if not until_look:
                 journal.read(computing, state)
                 journal.look(state)
-                until_look, computing = evaluate_every, None
+                until_look, computing = look_every, None
             if save and start % save_every == 0 and queue.ready():
                 journal.read(computing, state)  # Saves no state whose loss is NaN.
                 save(state, examples)
@@ -125,7 +128,7 @@ def train(
         journal.read(computing, state)
         if journal.unfinished:
             state = jax.jit(cluster.sync, donate_argnums=0)(state, weight)
-            journal.end_round()
+            journal.end_round(notes(state))
         journal.look(state)
     if save and examples:
         save(state, examples)
@@ -188,21 +191,26 @@ def _dispatcher(cluster: Cluster, weight: jax.Array | None) -> Callable:
     @partial(jax.jit, donate_argnums=0, static_argnames="period")
     def fused(state: State, batches: PyTree, period: int) -> tuple[State, PyTree]:
         nested = jax.tree.map(lambda x: x.reshape(-1, period, *x.shape[1:]), batches)
-        state, metrics = jax.lax.scan(
-            lambda state, batches: one_round(state, batches, weight), state, nested
-        )
+
+        def turn(state: State, batches: PyTree) -> tuple[State, tuple]:
+            state, metrics = one_round(state, batches, weight)
+            return state, (metrics, notes(state))
+
+        state, (metrics, noted) = jax.lax.scan(turn, state, nested)
         flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), metrics)
-        return state, _by_name(flat)
+        each_step = jax.tree.map(lambda x: jnp.repeat(x, period), noted)
+        return state, (_by_name(flat), each_step)
 
     @partial(jax.jit, donate_argnums=0)
     def gated(state: State, batches: PyTree, due: jax.Array) -> tuple[State, PyTree]:
         def step(state: State, turn: tuple) -> tuple[State, PyTree]:
             batch, now = turn
             state, metrics = cluster.step(state, batch)
-            return rounds.sync_if(cluster, now, state, weight), metrics
+            state = cluster.sync_if(now, state, weight)
+            return state, (metrics, notes(state))
 
-        state, metrics = jax.lax.scan(step, state, (batches, due))
-        return state, _by_name(metrics)
+        state, (metrics, noted) = jax.lax.scan(step, state, (batches, due))
+        return state, (_by_name(metrics), noted)
 
     def run(
         segment: Segment, state: State, batches: PyTree, due: list[bool]
@@ -212,6 +220,13 @@ def _dispatcher(cluster: Cluster, weight: jax.Array | None) -> Callable:
         return gated(state, batches, np.array(due))
 
     return run
+
+
+def _teach(schedule: Callable, journal: Journal, step: int) -> None:
+    """Tells an adaptive schedule the rounds that it does not know yet."""
+    if isinstance(schedule, Adaptive):
+        for row in journal.news():
+            schedule.learn(row, step)
 
 
 def _by_name(metrics: PyTree) -> dict[str, jax.Array]:

@@ -22,8 +22,23 @@ class Case(NamedTuple):
 
     rule: lsgd.SyncRule
     agrees: bool = True  # all workers are equal after every synchronisation
-    collectives: int = 1  # in the compiled synchronisation
+    collectives: int | tuple = (
+        1  # in the compiled synchronisation: all-reduces, or kinds
+    )
     conditional: bool = False  # whether they stand inside a conditional
+    symmetric: bool = True  # whether the order of the workers does not matter
+    places: tuple = ()  # where it is tried besides "simulate"; () for everywhere
+
+    @property
+    def kinds(self) -> list[str]:
+        """The collectives of the compiled synchronisation, or only their kinds."""
+        if isinstance(self.collectives, int):
+            return ["all-reduce"] * self.collectives
+        return sorted(self.collectives)
+
+    def seen(self, names: list[str]) -> list[str]:
+        """What a program holds, to compare with `kinds`."""
+        return sorted(names if isinstance(self.collectives, int) else set(names))
 
 
 def anchored(rate: float = 0.7, decay: float = 0.9) -> lsgd.SyncRule:
@@ -60,6 +75,8 @@ def anchored(rate: float = 0.7, decay: float = 0.9) -> lsgd.SyncRule:
     return lsgd.SyncRule(init, apply)
 
 
+FEW = ("mesh", "lanes")
+EXCHANGE = ("all-gather", "all-to-all")
 RULES = {
     "average": Case(lsgd.average()),
     "average_named": Case(lsgd.average("worker")),
@@ -80,7 +97,106 @@ RULES = {
         agrees=False,
         conditional=True,
     ),
+    "outer": Case(lsgd.outer(optax.adam(0.1)), places=FEW),
+    "diloco": Case(lsgd.diloco()),
+    "shard": Case(
+        lsgd.shard(lsgd.diloco(), WORKERS),
+        symmetric=False,
+        collectives=("reduce-scatter", "all-gather"),
+        places=FEW,
+    ),
+    "elastic": Case(lsgd.elastic(), agrees=False, places=FEW),
+    "mix": Case(lsgd.mix(lsgd.diloco(), 0.5), agrees=False, places=FEW),
+    "overlap": Case(lsgd.overlap(lsgd.slowmo()), agrees=False, places=FEW),
+    "delay": Case(
+        lsgd.mix(lsgd.delay(lsgd.diloco()), 0.5),
+        agrees=False,
+        conditional=True,
+        places=FEW,
+    ),
+    "fragment": Case(
+        lsgd.fragment(lsgd.diloco(), 3),
+        agrees=False,
+        collectives=3,
+        conditional=True,
+        places=FEW,
+    ),
+    "flatten": Case(lsgd.flatten(lsgd.average()), places=FEW),
+    "quantize_8": Case(
+        lsgd.outer(optax.sgd(0.7), lsgd.quantize(lsgd.average(), 8, block=8)),
+        symmetric=False,
+        collectives=EXCHANGE,
+        places=FEW,
+    ),
+    "quantize_1": Case(
+        lsgd.outer(optax.sgd(0.7), lsgd.quantize(lsgd.average(), 1, block=8)),
+        symmetric=False,
+        collectives=EXCHANGE,
+        places=FEW,
+    ),
+    "cast": Case(
+        lsgd.outer(optax.sgd(0.7), lsgd.cast(lsgd.average())),
+        symmetric=False,
+        collectives=EXCHANGE,
+        places=FEW,
+    ),
+    "topk": Case(
+        lsgd.outer(optax.sgd(0.7), lsgd.topk(lsgd.average(), 0.3)),
+        collectives=("all-gather",),
+        places=FEW,
+    ),
+    "signs": Case(
+        lsgd.outer(optax.sgd(0.7), lsgd.signs(lsgd.average())),
+        collectives=("all-gather",),
+        places=FEW,
+    ),
+    "median": Case(
+        lsgd.outer(optax.sgd(0.7), lsgd.median()),
+        collectives=EXCHANGE,
+        places=FEW,
+    ),
+    "trimmed_mean": Case(
+        lsgd.outer(optax.sgd(0.7), lsgd.trimmed_mean(0.25)),
+        collectives=EXCHANGE,
+        places=FEW,
+    ),
+    "guard": Case(
+        lsgd.guard(lsgd.diloco(), warm_up=1),
+        collectives=("all-reduce", "all-gather"),
+        places=FEW,
+    ),
+    "measured": Case(
+        lsgd.measured(lsgd.diloco()),
+        collectives=("all-reduce", "all-gather", "all-to-all"),
+        places=FEW,
+    ),
+    "gossip_ring": Case(
+        lsgd.gossip("ring"),
+        agrees=False,
+        symmetric=False,
+        collectives=("collective-permute",),
+        places=FEW,
+    ),
+    "gossip_one_peer": Case(
+        lsgd.gossip("one-peer"),
+        agrees=False,
+        symmetric=False,
+        collectives=("collective-permute",),
+        conditional=True,
+        places=FEW,
+    ),
 }
+
+
+def pairs(places, **wanted) -> list[tuple[str, str]]:
+    """Rules of the table that are as wanted, with the places where each is tried."""
+    return [
+        (name, place)
+        for name, case in RULES.items()
+        for place in places
+        if (not case.places or place in ("simulate", *case.places))
+        and all(getattr(case, key) == value for key, value in wanted.items())
+    ]
 
 
 def mesh(**sizes: int) -> jax.sharding.Mesh:

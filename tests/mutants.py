@@ -164,8 +164,8 @@ MUTANTS = {
     ),
     "looks by the rounds of this call": Mutant(
         "train.py",
-        "evaluate_every - journal.round % evaluate_every",
-        "evaluate_every",
+        "look_every - journal.round % look_every",
+        "look_every",
         "test_train.py -k looks",
     ),
     "saves a state with NaN": Mutant(
@@ -227,7 +227,7 @@ MUTANTS = {
         "test_algorithm.py -k key_of_its_own",
     ),
     "counts half of an all-reduce": Mutant(
-        "ledger.py",
+        "ledger/traced.py",
         '"psum": lambda n: 2 * (n - 1) / n',
         '"psum": lambda n: (n - 1) / n',
         "test_programs.py -k sent_bytes",
@@ -295,10 +295,76 @@ MUTANTS = {
     ),
     "waits for every dispatch": Mutant(
         "train.py",
-        "computing, examples = (due, metrics), examples + _count(taken)\n",
-        "journal.read((due, metrics), state)\n"
+        "computing, examples = (due, seen), examples + _count(taken)\n",
+        "journal.read((due, seen), state)\n"
         "            computing, examples = None, examples + _count(taken)\n",
         "test_train.py -k reads_ahead",
+    ),
+    "takes a gather for a reduce": Mutant(
+        "ledger/entries.py",
+        '"all-gather": lambda n: n - 1',
+        '"all-gather": lambda n: (n - 1) / n',
+        "test_ledger.py -k ring",
+    ),
+    "reads half of an async pair as waiting": Mutant(
+        "ledger/entries.py",
+        "                return tuple(between)",
+        "                return None",
+        "test_ledger.py -k between",
+    ),
+    "overlooks the first branch": Mutant(
+        "ledger/entries.py",
+        "for index, name in enumerate(names):",
+        "for index, name in list(enumerate(names))[1:]:",
+        "test_ledger.py -k branches",
+    ),
+    "does not look into loops": Mutant(
+        "ledger/entries.py",
+        "yield from _walk(program, body, (*path, Loop(line.name, times)), make)",
+        "pass",
+        "test_ledger.py -k loop",
+    ),
+    "forgets the silent branch": Mutant(
+        "ledger/entries.py",
+        "least += 0 if silent else min",
+        "least += min",
+        "test_ledger.py -k add_up",
+    ),
+    "transposes no groups": Mutant(
+        "ledger/groups.py",
+        "places.transpose(order or range(len(source)))",
+        "places",
+        "test_ledger.py -k every_form",
+    ),
+    "names an axis along which nothing varies": Mutant(
+        "ledger/groups.py",
+        "(where != where[:, :1]).any(axis=1)",
+        "(where == where).any(axis=1)",
+        "test_ledger.py -k axes",
+    ),
+    "blames the library": Mutant(
+        "ledger/sources.py",
+        "if not call.file.startswith(library)",
+        "if call",
+        "test_ledger.py -k blame",
+    ),
+    "takes lines from the cache": Mutant(
+        "ledger/programs.py",
+        "jax.config.update(name, True)",
+        "jax.config.update(name, False)",
+        "test_ledger.py -k stale",
+    ),
+    "counts a loop from zero": Mutant(
+        "ledger/loops.py",
+        "math.ceil((limit - start) / step)",
+        "math.ceil(limit / step)",
+        "test_ledger.py -k counted",
+    ),
+    "proves silence on one place": Mutant(
+        "ledger/silent.py",
+        "if sizes[name] < 2:",
+        "if sizes[name] < 1:",
+        "test_ledger.py -k nothing",
     ),
 }
 

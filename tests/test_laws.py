@@ -19,6 +19,7 @@ from cases import (
     loss_fn,
     mesh,
     network,
+    pairs,
     run,
     stack,
 )
@@ -27,10 +28,11 @@ import localsgd_jax as lsgd
 
 UNEVEN = lsgd.at([1, 4, 5, 7])
 rules = pytest.mark.parametrize("name", RULES)
-agreeing = pytest.mark.parametrize("name", [n for n, c in RULES.items() if c.agrees])
-placements = pytest.mark.parametrize(
-    "place", [p for p in PLACEMENTS if p != "simulate"]
-)
+
+
+def tried(*places, **wanted):
+    """Runs a test for the rules that are as wanted, at the places given."""
+    return pytest.mark.parametrize("name, place", pairs(places, **wanted))
 
 
 def shares(seed=3):
@@ -39,8 +41,7 @@ def shares(seed=3):
     return weight
 
 
-@placements
-@rules
+@tried(*[place for place in PLACEMENTS if place != "simulate"])
 @pytest.mark.parametrize("weight", [None, shares()], ids=["equal", "weighted"])
 def test_every_placement_gives_the_numbers_of_simulate(name, place, weight):
     expected, losses = run(cluster("simulate", name), batches(8), UNEVEN, weight)
@@ -49,8 +50,7 @@ def test_every_placement_gives_the_numbers_of_simulate(name, place, weight):
     np.testing.assert_allclose(seen, losses, rtol=1e-5, atol=1e-6)
 
 
-@rules
-@pytest.mark.parametrize("place", ["simulate", "mesh", "lanes"])
+@tried("simulate", "mesh", "lanes")
 def test_gated_is_by_hand(name, place):
     workers = cluster(place, name)
     expected, _ = run(workers, batches(8), UNEVEN)
@@ -61,8 +61,7 @@ def test_gated_is_by_hand(name, place):
     assert_close(state, expected)
 
 
-@rules
-@pytest.mark.parametrize("place", ["simulate", "mesh", "lanes"])
+@tried("simulate", "mesh", "lanes")
 def test_fused_is_by_hand(name, place):
     workers = cluster(place, name)
     weight = shares()
@@ -76,9 +75,9 @@ def test_fused_is_by_hand(name, place):
     assert_close(state, expected)
 
 
-@agreeing
-def test_agreeing_workers_are_equal_after_a_synchronisation(name):
-    workers = cluster("mesh", name)
+@tried("mesh", agrees=True)
+def test_agreeing_workers_are_equal_after_a_synchronisation(name, place):
+    workers = cluster(place, name)
     state, _ = run(workers, batches(3), lsgd.every(3))
     for leaf in jax.tree.leaves(state.workers.params):
         np.testing.assert_array_equal(leaf, np.broadcast_to(leaf[0], leaf.shape))
@@ -137,10 +136,10 @@ def test_one_worker_is_plain_optax(name, optimizer):
     assert_close(lsgd.consensus(state), params, rtol=1e-4, atol=1e-5)
 
 
-@rules
-def test_worker_order_does_not_matter(name):
+@tried("lanes", symmetric=True)
+def test_worker_order_does_not_matter(name, place):
     order = np.random.default_rng(5).permutation(WORKERS)
-    workers = cluster("lanes", name)
+    workers = cluster(place, name)
     weight = shares()
     state, _ = run(workers, batches(6), lsgd.every(2), weight)
     dealt = jax.tree.map(lambda leaf: leaf[order], batches(6))
@@ -159,8 +158,7 @@ def test_equal_weights_are_no_weights(name, share):
     assert_close(weighted, plain)
 
 
-@agreeing
-@pytest.mark.parametrize("place", ["simulate", "mesh", "lanes"])
+@tried("simulate", "mesh", "lanes", agrees=True)
 def test_weight_zero_leaves_a_worker_out_and_it_rejoins(name, place):
     workers = cluster(place, name)
     weight = np.ones(WORKERS, np.float32)
@@ -194,8 +192,7 @@ def test_weights_are_shares():
     np.testing.assert_allclose(synced.workers.params, np.full(4, (2 + 15) / 8))
 
 
-@rules
-@pytest.mark.parametrize("place", ["simulate", "lanes"])
+@tried("simulate", "lanes")
 def test_nobody_alive_changes_nothing_but_the_round(name, place):
     workers = cluster(place, name)
     state, _ = run(workers, batches(3), lsgd.every(2))
@@ -204,8 +201,7 @@ def test_nobody_alive_changes_nothing_but_the_round(name, place):
     assert_same(after._replace(round=state.round), state)
 
 
-@rules
-@pytest.mark.parametrize("place", ["simulate", "mesh"])
+@tried("simulate", "mesh")
 def test_resumed_is_uninterrupted_bit_for_bit(name, place):
     workers = cluster(place, name)
     whole, _ = run(workers, batches(8), lsgd.every(3))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import algorithm, batches, cluster, mesh, network
+from cases import PLACEMENTS, algorithm, batches, cluster, mesh, network, stack
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import localsgd_jax as lsgd
@@ -20,6 +20,40 @@ def test_meshes_with_axes_of_either_type(kind):
     state, metrics = verbs.step(verbs.init(network()), batches(1)[0])
     assert metrics["loss"].shape == (8,)
     assert verbs.sync(state).workers.params["out"].shape == (8, 4)
+
+
+def shapes_of(tree):
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(
+            np.shape(x), x.dtype, sharding=getattr(x, "sharding", None)
+        ),
+        tree,
+    )
+
+
+@pytest.mark.parametrize("place", PLACEMENTS)
+def test_shapes_give_shapes(place):
+    """An abstract state is the real one without its numbers."""
+    verbs = cluster(place, "anchored")
+    params, batch = network(), batches(1)[0]
+    if place == "sharded":
+        devices = mesh(worker=4, model=2)
+        auto = Mesh(devices.devices, devices.axis_names)
+        split = NamedSharding(auto, PartitionSpec(None, "model"))
+        params["in"]["w"] = jax.device_put(params["in"]["w"], split)
+    for real, shape in [
+        (verbs.init(params), verbs.init(shapes_of(params))),
+        (verbs.put(batch), verbs.put(shapes_of(batch))),
+        (
+            verbs.put(stack([batch] * 2), time=True),
+            verbs.put(shapes_of(stack([batch] * 2)), time=True),
+        ),
+    ]:
+        assert jax.tree.structure(real) == jax.tree.structure(shape)
+        for x, y in zip(jax.tree.leaves(real), jax.tree.leaves(shape), strict=True):
+            assert (x.shape, x.dtype) == (y.shape, y.dtype)
+            if not place.startswith("simulate"):
+                assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
 
 
 def test_one_copy_per_worker_and_counters_outside():

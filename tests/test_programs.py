@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import programs
 import pytest
 from cases import (
     ON_DEVICES,
@@ -15,70 +14,70 @@ from cases import (
     cluster,
     mesh,
     network,
+    pairs,
     run,
     stack,
 )
 from jax.sharding import NamedSharding, PartitionSpec
 
 import localsgd_jax as lsgd
+from localsgd_jax.ledger import sent
 
 rules = pytest.mark.parametrize("name", RULES)
-on_devices = pytest.mark.parametrize("place", ON_DEVICES)
+on_devices = pytest.mark.parametrize("name, place", pairs(ON_DEVICES))
 
 
-def compiled(function, *args):
-    return jax.jit(function).lower(*args).compile().as_text()
+def names(entries):
+    return [entry.name for entry in entries]
 
 
 def start(verbs):
     return verbs.init(network()), verbs.put(batches(1)[0])
 
 
-@rules
 @pytest.mark.parametrize(
-    "place", ["simulate", "simulate_map", *ON_DEVICES, "lanes_map"]
+    "name, place", pairs(["simulate", "simulate_map", *ON_DEVICES, "lanes_map"])
 )
 def test_a_local_step_is_silent(name, place):
     verbs = cluster(place, name)
-    assert programs.collectives(compiled(verbs.step, *start(verbs))) == []
+    assert lsgd.ledger(verbs.step, *start(verbs)) == ()
 
 
-@rules
 @on_devices
 def test_a_synchronisation_holds_its_collectives_and_no_others(name, place):
     verbs = cluster(place, name)
     state, _ = start(verbs)
-    text = compiled(verbs.sync, state)
-    found = programs.collectives(text)
-    assert [kind for kind, _ in found] == ["all-reduce"] * RULES[name].collectives
+    found = lsgd.ledger(verbs.sync, state)
+    assert RULES[name].seen(names(found)) == RULES[name].kinds
+    assert {entry.axes for entry in found} <= {("worker",)}
     if RULES[name].conditional:
-        assert programs.unconditional(text) == []
+        assert all(entry.conditional for entry in found)
 
 
 @rules
 def test_a_simulated_synchronisation_is_silent(name):
     verbs = cluster("simulate", name)
-    assert programs.collectives(compiled(verbs.sync, start(verbs)[0])) == []
+    assert lsgd.ledger(verbs.sync, start(verbs)[0]) == ()
 
 
-@rules
 @on_devices
 def test_a_gated_step_communicates_inside_the_conditional_only(name, place):
     verbs = cluster(place, name)
-    text = compiled(lsgd.gated(verbs, lsgd.every(4)), *start(verbs))
-    assert len(programs.collectives(text)) == RULES[name].collectives
-    assert programs.unconditional(text) == []
+    found = lsgd.ledger(lsgd.gated(verbs, lsgd.every(4)), *start(verbs))
+    assert RULES[name].seen(names(found)) == RULES[name].kinds
+    assert all(entry.conditional for entry in found)
 
 
-@rules
 @on_devices
 def test_a_round_communicates_after_its_loop(name, place):
     verbs = cluster(place, name)
     state, _ = start(verbs)
     placed = verbs.put(stack(batches(4)), time=True)
-    text = compiled(lsgd.fused(verbs), state, placed)
-    assert len(programs.collectives(text)) == RULES[name].collectives
-    assert programs.in_loops(text) == []
+    compiled = jax.jit(lsgd.fused(verbs)).lower(state, placed).compile()
+    assert " while(" in compiled.as_text()
+    found = lsgd.ledger(compiled)
+    assert RULES[name].seen(names(found)) == RULES[name].kinds
+    assert not any(entry.looped for entry in found)
 
 
 def test_the_reader_sees_a_noisy_step():
@@ -89,8 +88,8 @@ def test_the_reader_sees_a_noisy_step():
         state, metrics = verbs.step(state, batch)
         return state, jnp.mean(metrics["loss"])
 
-    text = compiled(noisy, *start(verbs))
-    assert programs.unconditional(text) == ["all-reduce"]
+    (found,) = lsgd.ledger(noisy, *start(verbs))
+    assert found.name == "all-reduce" and not found.conditional
 
 
 def test_the_reader_sees_an_average_of_many_leaves():
@@ -101,8 +100,8 @@ def test_the_reader_sees_an_average_of_many_leaves():
         rule=lsgd.average(),
     )
     verbs = lsgd.on_mesh(made, mesh(worker=8))
-    text = compiled(verbs.sync, verbs.init([jnp.zeros(3)] * 9))
-    assert programs.collectives(text) == [("all-reduce", 9 * 3 * 4)]
+    (found,) = lsgd.ledger(verbs.sync, verbs.init([jnp.zeros(3)] * 9))
+    assert (found.name, found.bytes) == ("all-reduce", 9 * 3 * 4)
 
 
 @pytest.mark.parametrize("name", ["average", "chain", "anchored"])
@@ -110,18 +109,17 @@ def test_sent_bytes_are_those_of_the_compiled_program(name):
     verbs = cluster("mesh", name)
     state, _ = start(verbs)
     payload = sum(leaf.nbytes for leaf in jax.tree.leaves(network()))
-    found = programs.collectives(compiled(verbs.sync, state))
-    assert sum(size for _, size in found) == payload
-    assert verbs.sent(state) == (2 * payload * 7 // 8,) * 2
+    found = lsgd.ledger(verbs.sync, state)
+    assert sum(entry.bytes for entry in found) == payload
+    assert verbs.sent(state) == sent(found) == (2 * payload * 7 // 8,) * 2
 
 
 def test_weights_add_one_number_to_what_is_sent():
     verbs = cluster("mesh", "average")
     state, _ = start(verbs)
     payload = sum(leaf.nbytes for leaf in jax.tree.leaves(network()))
-    text = compiled(verbs.sync, state, np.ones(WORKERS, np.float32))
-    assert [kind for kind, _ in programs.collectives(text)] == ["all-reduce"]
-    assert sum(size for _, size in programs.collectives(text)) == payload + 4
+    (found,) = lsgd.ledger(verbs.sync, state, np.ones(WORKERS, np.float32))
+    assert (found.name, found.bytes) == ("all-reduce", payload + 4)
 
 
 def test_sent_bytes_of_a_round_that_is_not_due_are_none():
@@ -135,10 +133,8 @@ def test_sent_bytes_of_a_round_that_is_not_due_are_none():
 def test_half_precision_is_summed_in_float32():
     verbs = lsgd.on_mesh(algorithm(lsgd.average()), mesh(worker=8))
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), network())
-    text = compiled(verbs.sync, verbs.init(params))
-    assert "bf16" not in " ".join(
-        line for line in text.splitlines() if programs.COLLECTIVE.search(line)
-    )
+    found = lsgd.ledger(verbs.sync, verbs.init(params))
+    assert [entry.dtypes for entry in found] == [("f32",)]
 
 
 @pytest.mark.parametrize("shape", [(4, 2), (2, 4)])
@@ -162,8 +158,9 @@ def test_a_sharded_worker_sends_only_its_own_pieces(shape):
     moment = state.workers.opt_state[0].mu["w"]
     for leaf in (state.workers.params["w"], moment):
         assert leaf.sharding.shard_shape(leaf.shape) == (1, 64, 32 // shape[1])
-    found = programs.collectives(compiled(verbs.sync, state))
-    assert found == [("all-reduce", 64 * 32 * 4 // shape[1])]
+    (found,) = lsgd.ledger(verbs.sync, state)
+    assert (found.name, found.bytes) == ("all-reduce", 64 * 32 * 4 // shape[1])
+    assert found.axes == ("worker",)
 
     batch = np.random.default_rng(0).normal(size=(shape[0], 5, 64)).astype(np.float32)
     plain = lsgd.simulate(made, shape[0])

@@ -48,8 +48,16 @@ def test_the_skeleton_of_a_rule_obeys_its_docstring():
 
 def test_every_public_name_is_in_the_readme():
     text = (HERE / "README.md").read_text()
-    types = {"Algorithm", "Cluster", "Context", "RuleState", "Schedule", "State"}
-    types |= {"SyncRule", "Worker", "NonFiniteLossError"}
+    types = {
+        "Adaptive",
+        "Algorithm",
+        "Cluster",
+        "Context",
+        "RuleState",
+        "Schedule",
+        "State",
+    }
+    types |= {"SyncRule", "Worker", "NonFiniteLossError", "NoisyStepError"}
     for name in set(lsgd.__all__) - types:
         assert re.search(rf"\b{name}\b", text), name
 

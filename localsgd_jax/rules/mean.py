@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from localsgd_jax import collectives
 from localsgd_jax.base import Context, PyTree, RuleState, SyncRule
+from localsgd_jax.trees import choose
 
 
 def average(axis: collectives.Axis = None) -> SyncRule:
@@ -54,9 +55,10 @@ def average(axis: collectives.Axis = None) -> SyncRule:
         tree: PyTree, state: RuleState, context: Context
     ) -> tuple[PyTree, RuleState]:
         mean, anyone = collectives.mean(tree, context, axis)
-        return jax.tree.map(lambda m, x: jnp.where(anyone, m, x), mean, tree), state
+        return choose(anyone, mean, tree), state
 
-    return SyncRule(init, apply)
+    names = (axis,) if isinstance(axis, str) else tuple(axis or ())
+    return SyncRule(init, apply, mean_over=names)
 
 
 def check_has_mean(call: str, tree: PyTree) -> None:

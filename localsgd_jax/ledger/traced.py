@@ -1,4 +1,4 @@
-"""What a synchronisation sends, read from the traced program."""
+"""What a synchronisation will send, from the traced program before it is compiled."""
 
 import math
 from collections.abc import Callable, Mapping

@@ -164,8 +164,8 @@ MUTANTS = {
     ),
     "looks by the rounds of this call": Mutant(
         "train.py",
-        "evaluate_every - journal.round % evaluate_every",
-        "evaluate_every",
+        "look_every - journal.round % look_every",
+        "look_every",
         "test_train.py -k looks",
     ),
     "saves a state with NaN": Mutant(
@@ -295,8 +295,8 @@ MUTANTS = {
     ),
     "waits for every dispatch": Mutant(
         "train.py",
-        "computing, examples = (due, metrics), examples + _count(taken)\n",
-        "journal.read((due, metrics), state)\n"
+        "computing, examples = (due, seen), examples + _count(taken)\n",
+        "journal.read((due, seen), state)\n"
         "            computing, examples = None, examples + _count(taken)\n",
         "test_train.py -k reads_ahead",
     ),

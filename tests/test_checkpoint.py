@@ -487,6 +487,8 @@ def test_rules_have_the_names_of_their_calls():
         "floats": "floats(rule=average(axis=None))",
     }
     assert {name: describe(RULES[name].rule) for name in expected} == expected
+    for one, other in (("quantize_8", "quantize_1"), ("median", "trimmed_mean")):
+        assert describe(RULES[one].rule) != describe(RULES[other].rule)
     made_so = functools.partial(_twice, lsgd.average(), bits=8, by=jnp.tanh)
     rule = lsgd.SyncRule(lambda tree: lsgd.RuleState(), made_so)
     assert describe(rule) == "_twice(0=average(axis=None), bits=8)"

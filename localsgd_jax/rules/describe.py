@@ -7,15 +7,16 @@ from functools import partial
 from localsgd_jax.base import SyncRule
 from localsgd_jax.schedules import Schedule
 
+_LIBRARY = "localsgd_jax."
 _PLAIN = (str, int, float, type(None), Schedule)
 
 
 def describe(rule: SyncRule | Callable) -> str:
     """Returns the call that made a rule, with the arguments that it still knows.
 
-    Rules within rules, schedules, numbers and names are arguments; functions and
-    arrays are not, so two rules that differ only in an outer learning rate have the
-    same name.
+    Rules within rules, schedules, numbers, names and functions of this library are
+    arguments; optimizers, other functions and arrays are not, so two rules that differ
+    only in an outer learning rate have the same name.
 
     Args:
       rule: a rule, or a function that holds rules, such as an algorithm's `sync`.
@@ -57,6 +58,8 @@ def _describe_argument(value: object) -> str | None:
         return describe(value)
     if isinstance(value, _PLAIN):
         return repr(value)
+    if inspect.isfunction(value) and value.__module__.startswith(_LIBRARY):
+        return describe(value)
     if isinstance(value, Mapping):
         parts = {name: _describe_argument(part) for name, part in value.items()}
         return str(sorted(f"{name}: {text}" for name, text in parts.items() if text))

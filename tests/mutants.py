@@ -385,8 +385,8 @@ MUTANTS = {
     ),
     "hides a fragment behind all steps": Mutant(
         "cost.py",
-        "alone - job.overlap * job.compute",
-        "alone - job.fragments * job.overlap * job.compute",
+        "hidden = job.overlap * job.compute",
+        "hidden = job.fragments * job.overlap * job.compute",
         "test_cost.py",
     ),
     "ignores the statistics": Mutant(

@@ -240,11 +240,10 @@ def advise(job: Job, link: Link, most: float, longest: int | None = None) -> Adv
       >>> advise(job, Link(latency=0, bandwidth=1e6), most=0.1, longest=10)
       Advice(period=10, share=0.5, speedup=5.5, capped=True)
     """
-    period = period_for_share(job, link, most)
-    capped = longest is not None and longest < period
-    if capped:
+    period, capped = period_for_share(job, link, most), False
+    if longest is not None and longest < period:
         checks.integer("advise(longest)", "longest", longest, 1)
-        period = max(longest, job.overlap)
+        period, capped = max(longest, job.overlap), True
     return Advice(period, share(job, link, period), speedup(job, link, period), capped)
 
 

@@ -391,8 +391,8 @@ MUTANTS = {
     ),
     "ignores the statistics": Mutant(
         "cost.py",
-        "longest is not None and longest < period",
-        "False",
+        "if longest is not None and longest < period",
+        "if False and longest is not None",
         "test_cost.py -k statistics",
     ),
     "plans for float32 whatever the rule sends": Mutant(

@@ -45,6 +45,8 @@ class Job(NamedTuple):
       bits: for each of them on the wire.
       fragments: F, pieces that are exchanged one by one, each once in a round.
       overlap: local steps during which a piece may travel while workers go on.
+      overhead: o, seconds that a round takes besides its steps and the link: copies,
+        and the arithmetic of the rule.
     """
 
     workers: int
@@ -53,6 +55,7 @@ class Job(NamedTuple):
     bits: float = 32
     fragments: int = 1
     overlap: int = 0
+    overhead: float = 0.0
 
 
 class Advice(NamedTuple):
@@ -102,7 +105,7 @@ def all_reduce_time(link: Link, workers: int, size: float) -> float:
 def waiting_time(job: Job, link: Link) -> float:
     """Predicts how long workers wait in a round.
 
-        w = F · max(0, t(P/F) − τc),  P = parameters · bits/8
+        w = o + F · max(0, t(P/F) − τc),  P = parameters · bits/8
 
     for F fragments that may travel during τ local steps each.
 
@@ -125,7 +128,8 @@ def waiting_time(job: Job, link: Link) -> float:
     _check_job("waiting_time(job)", job)
     piece = job.parameters * job.bits / 8 / job.fragments
     alone = all_reduce_time(link, job.workers, piece)
-    return job.fragments * max(0.0, alone - job.overlap * job.compute)
+    hidden = job.overlap * job.compute
+    return job.overhead + job.fragments * max(0.0, alone - hidden)
 
 
 def round_time(job: Job, link: Link, period: int) -> float:
@@ -236,11 +240,10 @@ def advise(job: Job, link: Link, most: float, longest: int | None = None) -> Adv
       >>> advise(job, Link(latency=0, bandwidth=1e6), most=0.1, longest=10)
       Advice(period=10, share=0.5, speedup=5.5, capped=True)
     """
-    period = period_for_share(job, link, most)
-    capped = longest is not None and longest < period
-    if capped:
+    period, capped = period_for_share(job, link, most), False
+    if longest is not None and longest < period:
         checks.integer("advise(longest)", "longest", longest, 1)
-        period = max(longest, job.overlap)
+        period, capped = max(longest, job.overlap), True
     return Advice(period, share(job, link, period), speedup(job, link, period), capped)
 
 
@@ -302,6 +305,8 @@ def _check_job(call: str, job: Job) -> None:
     checks.integer(call, "parameters", job.parameters, 1)
     checks.integer(call, "fragments", job.fragments, 1)
     checks.integer(call, "overlap", job.overlap, 0)
+    if not job.overhead >= 0:
+        raise ValueError(f"{call}: overhead must be at least 0, got {job.overhead}")
     if not (job.compute > 0 and job.bits > 0):
         raise ValueError(
             f"{call}: compute and bits must be positive, got {job.compute} and "

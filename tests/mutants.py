@@ -398,14 +398,14 @@ MUTANTS = {
     ),
     "hides a fragment behind all steps": Mutant(
         "cost.py",
-        "alone - job.overlap * job.compute",
-        "alone - job.fragments * job.overlap * job.compute",
+        "hidden = job.overlap * job.compute",
+        "hidden = job.fragments * job.overlap * job.compute",
         "test_cost.py",
     ),
     "ignores the statistics": Mutant(
         "cost.py",
-        "longest is not None and longest < period",
-        "False",
+        "if longest is not None and longest < period",
+        "if False and longest is not None",
         "test_cost.py -k statistics",
     ),
     "plans for float32 whatever the rule sends": Mutant(

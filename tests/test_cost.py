@@ -32,6 +32,7 @@ def test_latency_alone_does_not_depend_on_the_size():
         # Three steps hide 30 ms of 66 ms, seven all of them.
         ({"overlap": 3}, EXCHANGE - 0.03),
         ({"overlap": 7}, 0),
+        ({"overlap": 7, "overhead": 0.002}, 0.002),
         ({"fragments": 2, "overlap": 3}, 2 * (6 * 0.006 - 0.03)),
         ({"workers": 1}, 0),
     ],
@@ -120,6 +121,10 @@ def test_a_link_without_latency():
         (
             lambda: cost.waiting_time(JOB._replace(overlap=-1), LINK),
             "overlap must be at least 0, got -1",
+        ),
+        (
+            lambda: cost.waiting_time(JOB._replace(overhead=-1.0), LINK),
+            "overhead must be at least 0, got -1",
         ),
         (lambda: cost.round_time(JOB, LINK, 0), "period must be at least 1, got 0"),
         (lambda: cost.period_for_share(JOB, LINK, 1), r"must be in \(0, 1\), got 1"),

@@ -58,7 +58,7 @@ def mesh(target: str | None = None, axes: Mapping[str, int] | None = None) -> Me
     return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * grid.ndim)
 
 
-def described(target: str) -> Sequence[jax.Device]:
+def described(target: str) -> Sequence:
     """Returns devices that need not be present, to compile for and not to run on.
 
     Args:
@@ -98,7 +98,7 @@ def _found(module: str) -> bool:
         return False
 
 
-def _present(axes: Mapping[str, int] | None) -> Sequence[jax.Device]:
+def _present(axes: Mapping[str, int] | None) -> Sequence:
     """Returns the devices that are here, as many as the axes need."""
     count = math.prod(axes.values()) if axes else None
     try:
@@ -108,7 +108,7 @@ def _present(axes: Mapping[str, int] | None) -> Sequence[jax.Device]:
     return jax.devices()[:count]
 
 
-def _tpus(kind: str, shape: str) -> Sequence[jax.Device]:
+def _tpus(kind: str, shape: str) -> Sequence:
     """Describes a slice of TPUs."""
     _check_installed("tpu")
     # Without it the compiler asks the cloud which machine this is, and waits.
@@ -121,7 +121,7 @@ def _tpus(kind: str, shape: str) -> Sequence[jax.Device]:
         raise ValueError(f"--target tpu:{kind}:{shape}: {error}") from None
 
 
-def _gpus(kind: str, shape: str) -> Sequence[jax.Device]:
+def _gpus(kind: str, shape: str) -> Sequence:
     """Describes hosts of GPUs."""
     if kind not in GPUS:
         raise ValueError(

@@ -104,8 +104,13 @@ class Entry(NamedTuple):
     @property
     def times(self) -> int | None:
         """How often it runs if its branches are taken; None if unknown."""
-        counts = [place.times for place in self.path if isinstance(place, Loop)]
-        return None if None in counts else math.prod(counts)
+        total = 1
+        for place in self.path:
+            if isinstance(place, Loop):
+                if place.times is None:
+                    return None
+                total *= place.times
+        return total
 
     @property
     def source(self) -> sources.Frame | None:

@@ -21,7 +21,8 @@ class Measured(NamedTuple):
     """What was measured.
 
     Attributes:
-      job: with the time of a step, the size of the model and its bits on the wire.
+      job: with the time of a step, the size of the model, its bits on the wire, and
+        what a synchronisation takes besides the link.
       link: that explains the times of all-reduces.
       sizes, seconds: bytes and times of the all-reduces.
     """
@@ -61,13 +62,15 @@ def measure(
     sizes = tuple(largest // part for part in (64, 8, 1))
     seconds = tuple(all_reduce_seconds(mesh, axis, size) for size in sizes)
     sent = cluster.sent(state)[1] * cluster.workers / (2 * (cluster.workers - 1))
+    link = cost.fit_link(places, sizes, seconds)
     job = cost.Job(
         workers=places,
         compute=step_seconds(cluster, state, batch),
         parameters=parameters,
         bits=8 * sent / parameters,
     )
-    return Measured(job, cost.fit_link(places, sizes, seconds), sizes, seconds)
+    besides = sync_seconds(cluster, state) - cost.waiting_time(job, link)
+    return Measured(job._replace(overhead=max(0.0, besides)), link, sizes, seconds)
 
 
 def step_seconds(cluster: Cluster, state: State, batch: PyTree) -> float:
@@ -77,6 +80,15 @@ def step_seconds(cluster: Cluster, state: State, batch: PyTree) -> float:
         return jax.lax.fori_loop(
             0, count, lambda _, state: cluster.step(state, batch)[0], state
         )
+
+    return _each(jax.jit(many), state)
+
+
+def sync_seconds(cluster: Cluster, state: State) -> float:
+    """Times a synchronisation among many in one dispatch."""
+
+    def many(state: State, count: jax.Array) -> State:
+        return jax.lax.fori_loop(0, count, lambda _, state: cluster.sync(state), state)
 
     return _each(jax.jit(many), state)
 

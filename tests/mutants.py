@@ -31,16 +31,6 @@ MUTANTS = {
         "schedule(state.step - 1), state, weight), metrics",
         "test_laws.py -k gated",
     ),
-    "forgets one leaf": Mutant(
-        "rules/mean.py",
-        "return jax.tree.map(lambda m, x: jnp.where(anyone, m, x), mean, tree), state",
-        "rest, kind = jax.tree.flatten(\n"
-        "            jax.tree.map(lambda m, x: jnp.where(anyone, m, x), mean, tree)\n"
-        "        )\n"
-        "        rest[-1] = jax.tree.leaves(tree)[-1]\n"
-        "        return jax.tree.unflatten(kind, rest), state",
-        "test_laws.py -k agreeing",
-    ),
     "hands all workers one batch": Mutant(
         "placement.py",
         "return jax.vmap(step)",
@@ -71,18 +61,6 @@ MUTANTS = {
         "jax.lax.psum(share, inner) if inner else share",
         "share",
         "test_laws.py -k weighs_what",
-    ),
-    "takes the empty mean for an agreement": Mutant(
-        "rules/mean.py",
-        "jnp.where(anyone, m, x)",
-        "m",
-        "test_laws.py -k nobody",
-    ),
-    "sums in half precision": Mutant(
-        "collectives.py",
-        "return x.astype(jnp.promote_types(x.dtype, jnp.float32))",
-        "return x",
-        "test_algorithm.py -k half_precision",
     ),
     "counts rounds from zero": Mutant(
         "placement.py",
@@ -205,15 +183,6 @@ MUTANTS = {
         "        return state._replace(step=state.step + 1, workers=workers), metrics",
         "test_programs.py -k silent",
     ),
-    "synchronises outside the conditional": Mutant(
-        "rounds.py",
-        "    return jax.lax.cond(\n        due, ",
-        "    choose = lambda a, b: jax.numpy.where(due, a, b)\n"
-        "    now = cluster.sync(state, weight)\n"
-        "    return jax.tree.map(choose, now, state)\n"
-        "    return jax.lax.cond(\n        due, ",
-        "test_programs.py -k gated",
-    ),
     "unshards the workers": Mutant(
         "placement.py",
         "P(*lead, *spec)",
@@ -286,13 +255,6 @@ MUTANTS = {
         "self.evaluate(jax.tree.map(lambda x: x[0], state.workers.params))",
         "test_train.py -k evaluation",
     ),
-    "waits for no dispatch": Mutant(
-        "train.py",
-        "            journal.read(computing, state)\n            start,",
-        "            vars(journal).setdefault('later', []).append(computing)\n"
-        "            start,",
-        "test_train.py -k five_hundred",
-    ),
     "waits for every dispatch": Mutant(
         "train.py",
         "computing, examples = (due, seen), examples + _count(taken)\n",
@@ -341,12 +303,6 @@ MUTANTS = {
         "(where != where[:, :1]).any(axis=1)",
         "(where == where).any(axis=1)",
         "test_ledger.py -k axes",
-    ),
-    "blames the library": Mutant(
-        "ledger/sources.py",
-        "if not call.file.startswith(library)",
-        "if call",
-        "test_ledger.py -k blame",
     ),
     "takes lines from the cache": Mutant(
         "ledger/programs.py",
@@ -425,6 +381,144 @@ MUTANTS = {
         "if piece.chain else number",
         "if False else number",
         "test_ledger.py -k pieces",
+    ),
+    "forgets one leaf": Mutant(
+        "rules/mean.py",
+        "return choose(anyone, mean, tree), state",
+        "rest, kind = jax.tree.flatten(choose(anyone, mean, tree))\n"
+        "        rest[-1] = jax.tree.leaves(tree)[-1]\n"
+        "        return jax.tree.unflatten(kind, rest), state",
+        "test_laws.py -k agreeing",
+    ),
+    "takes the empty mean for an agreement": Mutant(
+        "rules/mean.py",
+        "return choose(anyone, mean, tree), state",
+        "return mean, state",
+        "test_laws.py -k nobody",
+    ),
+    "sums in half precision": Mutant(
+        "collectives.py",
+        "wide = widen(tree)",
+        "wide = tree",
+        "test_algorithm.py -k half_precision",
+    ),
+    "synchronises outside the conditional": Mutant(
+        "placement.py",
+        "    return jax.lax.cond(\n        due,\n        lambda parts: sync",
+        "    now = sync(workers, own, agreed, turn, weight)\n"
+        "    choose = lambda a, b: jnp.where(due, a, b)\n"
+        "    return jax.tree.map(choose, now, (workers, own, agreed))\n"
+        "    return jax.lax.cond(\n        due,\n        lambda parts: sync",
+        "test_programs.py -k gated",
+    ),
+    "waits for no dispatch": Mutant(
+        "train.py",
+        "            journal.read(computing, state)\n            _teach",
+        "            vars(journal).setdefault('later', []).append(computing)\n"
+        "            _teach",
+        "test_train.py -k five_hundred",
+    ),
+    "blames the library": Mutant(
+        "ledger/sources.py",
+        "if not call.file.startswith((*_PACKAGES, _OWN))",
+        "if call",
+        "test_ledger.py -k blame",
+    ),
+    "descends up the pseudo-gradient": Mutant(
+        "rules/outer_optimizer.py",
+        "jnp.subtract, anchor, widen(tree)",
+        "jnp.subtract, widen(tree), anchor",
+        "test_conformance.py -k nesterov",
+    ),
+    "keeps the anchor in half precision": Mutant(
+        "rules/outer_optimizer.py",
+        "anchor = widen(tree)",
+        "anchor = tree",
+        "test_rules.py -k half_precision",
+    ),
+    "sums the pieces instead of averaging": Mutant(
+        "rules/outer_optimizer.py",
+        "_pieces(vector, workers), context) / workers",
+        "_pieces(vector, workers), context)",
+        "test_rules.py -k in_pieces",
+    ),
+    "mixes the wrong way round": Mutant(
+        "rules/elastic_averaging.py",
+        "x + (1 - alpha) * (t - x)",
+        "x + alpha * (t - x)",
+        "test_rules.py -k mix",
+    ),
+    "pulls at a centre that has moved": Mutant(
+        "rules/elastic_averaging.py",
+        "x - alpha * (x - z), wide, centre",
+        "x - alpha * (x - z), wide, mean",
+        "test_rules.py -k elastic",
+    ),
+    "never looks again": Mutant(
+        "rules/overlapping.py",
+        "after = RuleState(inner.agreed, (moved, inner.own))",
+        "after = RuleState(inner.agreed, (snapshot, inner.own))",
+        "test_rules.py -k overlap",
+    ),
+    "lets fragments count the rounds of all": Mutant(
+        "rules/streaming.py",
+        "own_round = turns // n * turn + within + 1",
+        "own_round = context.round",
+        "test_conformance.py -k streaming",
+    ),
+    "rounds the spacing of fragments": Mutant(
+        "schedules.py",
+        "((t * n + n - 1) // h > (t * n - 1) // h)",
+        "(t % (h // n) == 0)",
+        "test_rules.py -k turn_once",
+    ),
+    "forgets what it did not send": Mutant(
+        "rules/compression.py",
+        "piece = piece + rests[place]",
+        "piece = piece + 0 * rests[place]",
+        "test_rules.py -k lost",
+    ),
+    "sends what it should keep": Mutant(
+        "rules/compression.py",
+        "return sums / whole(share), vector.at[places].set(0)",
+        "return sums / whole(share), vector",
+        "test_rules.py -k topk",
+    ),
+    "counts absent workers in a median": Mutant(
+        "rules/robust.py",
+        "combine(ordered, jnp.maximum(jnp.sum(present), 1))",
+        "combine(ordered, len(ordered))",
+        "test_rules.py -k medians",
+    ),
+    "lets what is not finite in": Mutant(
+        "rules/robust.py",
+        "fine = (share > 0) & jnp.isfinite(lengths)",
+        "fine = share > 0",
+        "test_rules.py -k not_finite",
+    ),
+    "asks the wrong neighbour": Mutant(
+        "rules/neighbours.py",
+        "collectives.shift(wide, by, context)",
+        "collectives.shift(wide, -by, context)",
+        "test_rules.py -k mixing",
+    ),
+    "crosses to the wrong device": Mutant(
+        "collectives.py",
+        "by // count + 1)",
+        "by // count)",
+        "test_rules.py -k shift",
+    ),
+    "measures without the weights": Mutant(
+        "diagnostics.py",
+        "share = weight / weight.sum()",
+        "share = jnp.ones_like(weight) / len(weight)",
+        "test_adaptive.py -k measured",
+    ),
+    "forgets to tell the schedule": Mutant(
+        "train.py",
+        "            schedule.learn(row, step)",
+        "            pass",
+        "test_adaptive.py -k run",
     ),
 }
 

@@ -22,7 +22,7 @@ def overlap(rule: SyncRule) -> SyncRule:
 
     - GPUs: with `flatten(rule)` one all-reduce starts before the local steps of the
       next round and ends after them, if the program holds both rounds one after the
-      other; in a program of one round, or a scan of rounds, hardly anything runs beside.
+      other; in a program of one round, or a scan of rounds, hardly anything does.
     - TPUs: an all-reduce is waited for. With `shard(rule, workers)` the all-gather
       runs during the local steps; the reduce-scatter does not.
     - CPUs: nothing runs beside a collective within one program.

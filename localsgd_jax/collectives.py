@@ -6,7 +6,8 @@ counted 0 to n − 1 in the order of the axes, outermost first.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +48,7 @@ def mean(
     wide = widen(tree)
     if context.weight is None:
         return narrow(jax.lax.pmean(wide, carriers), tree), True
-    share = _group_weight(context, axis)
+    share = group_weight(context, axis)
     parts = jax.tree.map(
         lambda x: jnp.where(share > 0, x * share.astype(x.dtype), 0), wide
     )
@@ -77,7 +78,6 @@ def present(context: Context) -> tuple[jax.Array | bool, Context]:
     return anyone, context._replace(weight=jnp.where(anyone, weight, 1))
 
 
-@jax.custom_batching.custom_vmap
 def equal(tree: PyTree) -> PyTree:
     """Declares that a tree is the same for all workers where the program cannot see it.
 
@@ -89,15 +89,44 @@ def equal(tree: PyTree) -> PyTree:
     Returns:
       The tree, as one copy.
     """
-    return tree
+    return _one_copy(_ALL)(tree)
 
 
-@equal.def_vmap
-def _one_copy(size: int, batched: list, tree: PyTree) -> tuple[PyTree, PyTree]:
-    """Takes the first of several equal trees, in all axes around as well."""
-    del size
-    first = jax.tree.map(lambda x, many: equal(x[0] if many else x), tree, batched[0])
-    return first, jax.tree.map(lambda many: False, batched[0])
+def equal_within(tree: PyTree, context: Context, axis: Axis = None) -> PyTree:
+    """Declares that a tree is the same for all workers of a group.
+
+    Args:
+      tree: any pytree.
+      context: of the rule that asks.
+      axis: over which groups meet: what has agreed within are the axes inside it.
+
+    Returns:
+      The tree, as one copy for each group.
+    """
+    return _one_copy(len(_inside(context, _names(context, axis))))(tree)
+
+
+_ALL = 8  # More axes of lanes than anyone has.
+
+
+@cache
+def _one_copy(depth: int) -> Callable:
+    """Makes the function that takes the first of equal trees in the inner axes."""
+    if depth == 0:
+        return lambda tree: tree
+
+    @jax.custom_batching.custom_vmap
+    def first(tree: PyTree) -> PyTree:
+        return tree
+
+    @first.def_vmap
+    def _(size: int, batched: list, tree: PyTree) -> tuple[PyTree, PyTree]:
+        del size
+        one = jax.tree.map(lambda x, many: x[0] if many else x, tree, batched[0])
+        none = jax.tree.map(lambda many: False, batched[0])
+        return _one_copy(depth - 1)(one), none
+
+    return first
 
 
 def size(context: Context, axis: Axis = None) -> int:
@@ -240,11 +269,21 @@ def shares(context: Context, axis: Axis = None) -> jax.Array:
     """
     if context.weight is None:
         return jnp.ones(size(context, axis))
-    return gather(_group_weight(context, axis), context, axis)
+    return gather(group_weight(context, axis), context, axis)
 
 
-def _group_weight(context: Context, axis: Axis) -> jax.Array:
-    """Returns what the workers of a group weigh together: over an inner axis, one."""
+def group_weight(context: Context, axis: Axis = None) -> jax.Array | None:
+    """Returns what a worker's group weighs together: over the innermost axis, itself.
+
+    Args:
+      context: of the rule that asks.
+      axis: over which groups meet.
+
+    Returns:
+      A scalar that is the same within the group, or None if there are no weights.
+    """
+    if context.weight is None:
+        return None
     inner = _carriers(context, _inside(context, _names(context, axis)))
     share = widen(jnp.asarray(context.weight))
     return jax.lax.psum(share, inner) if inner else share

@@ -306,3 +306,45 @@ def test_both_parts_of_a_rules_state_in_numbers(place):
         np.testing.assert_allclose(
             state.own["params"]["out"], own, rtol=1e-4, atol=1e-5
         )
+
+
+LEVELS = {
+    "outer": lambda: lsgd.outer(optax.sgd(0.7, momentum=0.9), "pod"),
+    "quantize": lambda: lsgd.outer(
+        optax.sgd(0.7), lsgd.quantize(lsgd.average("pod"), 8, block=8)
+    ),
+    "fragment": lambda: lsgd.fragment(lsgd.outer(optax.sgd(0.7), "pod"), 2),
+    "overlap": lambda: lsgd.overlap(lsgd.average("pod")),
+    "mix": lambda: lsgd.mix(lsgd.diloco(), 0.5),
+}
+
+
+@pytest.mark.parametrize("place", [name for name in HIERARCHIES if name != "simulate"])
+@pytest.mark.parametrize("name", LEVELS)
+@pytest.mark.parametrize("weight", [None, shares()], ids=["equal", "weighted"])
+def test_rules_across_pods_in_some_rounds_after_a_mean_within(name, place, weight):
+    """After a synchronous phase, pods agree in every second round."""
+    across = lsgd.when(lsgd.post_local(2, 2), LEVELS[name]())
+    made = algorithm(lsgd.chain(lsgd.average("worker"), across))
+    verbs = HIERARCHIES["simulate"](made)
+    expected, _ = run(verbs, batches(8), lsgd.post_local(2, 2), weight)
+    state, _ = run(HIERARCHIES[place](made), batches(8), lsgd.post_local(2, 2), weight)
+    assert_close(state, expected, rtol=1e-4, atol=1e-5)
+    out = np.asarray(state.workers.params["out"]).reshape(2, 4, -1)
+    if name != "overlap":  # Its progress since the snapshot is each worker's own.
+        np.testing.assert_allclose(out, np.repeat(out[:, :1], 4, axis=1), rtol=1e-6)
+
+
+def test_an_outer_optimizer_across_pods_by_hand():
+    rule = lsgd.chain(
+        lsgd.average("worker"),
+        lsgd.when(lsgd.every(2), lsgd.outer(optax.sgd(0.5), "pod")),
+    )
+    cluster = HIERARCHIES["simulate"](algorithm(rule))
+    state, _ = run(cluster, batches(2), lsgd.never())
+    before = np.asarray(state.workers.params["out"], np.float64)
+    anchor = network()["out"].astype(np.float64)
+    once = cluster.sync(state)
+    twice = cluster.sync(once).workers.params["out"]
+    expected = anchor - 0.5 * (anchor - before.mean(0))
+    np.testing.assert_allclose(twice, np.tile(expected, (8, 1)), rtol=1e-5)

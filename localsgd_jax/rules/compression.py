@@ -174,7 +174,7 @@ def topk(rule: SyncRule, fraction: float) -> SyncRule:
         sums = jnp.zeros_like(vector).at[parts[1]].add(masked(share, parts[0]))
         return sums / whole(share), vector.at[places].set(0)
 
-    return _by_gathering("topk", send)
+    return _by_gathering("topk", send, axis)
 
 
 def signs(rule: SyncRule) -> SyncRule:
@@ -234,7 +234,7 @@ def signs(rule: SyncRule) -> SyncRule:
         mean, _ = jax.lax.scan(add, jnp.zeros_like(vector), (parts[0], scales))
         return mean, vector - jnp.where(vector >= 0, 1, -1) * along(sizes)
 
-    return _by_gathering("signs", send)
+    return _by_gathering("signs", send, axis)
 
 
 def mean_axis(call: str, rule: SyncRule) -> tuple[str, ...] | None:
@@ -271,7 +271,9 @@ def _with_feedback(call: str, rule: SyncRule, codec: Codec, seed: int) -> SyncRu
         tree: PyTree, state: RuleState, context: Context
     ) -> tuple[PyTree, RuleState]:
         anyone, _ = collectives.present(context)
-        vector, old = _sendable(flat(tree) + state.own.sender, context), state.own
+        old = collectives.equal_within(state.own, context, axis)
+        here = _here(context, axis)
+        vector = choose(here, flat(tree) + old.sender, jnp.zeros_like(old.sender))
         count, place = (f(context, axis) for f in (collectives.size, collectives.index))
         turn = jax.random.fold_in(jax.random.key(seed), context.round)
         keys = jax.random.split(jax.random.fold_in(turn, place))
@@ -288,16 +290,15 @@ def _with_feedback(call: str, rule: SyncRule, codec: Codec, seed: int) -> SyncRu
 
         sender = vector - _join(codec.decode(written), vector)
         owner = jnp.zeros_like(rests).at[place].set(piece - codec.decode(rewritten))
-        after = Residual(
-            _unless_absent(sender, old.sender, context), _join(owner, vector)
-        )
+        sender = choose(here, sender, old.sender)
+        after = Residual(sender, _join(owner, vector))
         after = choose(anyone, RuleState(own=after), state)
         return choose(anyone, unflat(_join(mean, vector), tree), tree), after
 
     return SyncRule(init, apply)
 
 
-def _by_gathering(call: str, send: Callable) -> SyncRule:
+def _by_gathering(call: str, send: Callable, axis: tuple[str, ...] | None) -> SyncRule:
     """Makes a rule of `send(vector, tree, context) -> (mean, rest)`, with feedback."""
 
     def init(tree: PyTree) -> RuleState:
@@ -308,9 +309,11 @@ def _by_gathering(call: str, send: Callable) -> SyncRule:
         tree: PyTree, state: RuleState, context: Context
     ) -> tuple[PyTree, RuleState]:
         anyone, _ = collectives.present(context)
-        vector = _sendable(flat(tree) + state.own, context)
+        old = collectives.equal_within(state.own, context, axis)
+        here = _here(context, axis)
+        vector = choose(here, flat(tree) + old, jnp.zeros_like(old))
         mean, rest = send(vector, tree, context)
-        after = RuleState(own=_unless_absent(rest, state.own, context))
+        after = RuleState(own=choose(here, rest, old))
         return choose(anyone, unflat(mean, tree), tree), choose(anyone, after, state)
 
     return SyncRule(init, apply)
@@ -336,13 +339,7 @@ def _join(rows: jax.Array, vector: jax.Array) -> jax.Array:
     return rows.reshape(-1)[: vector.size]
 
 
-def _sendable(vector: jax.Array, context: Context) -> jax.Array:
-    """Returns zeros for a worker of weight 0, whose numbers may be no numbers."""
-    if context.weight is None:
-        return vector
-    return jnp.where(context.weight > 0, vector, 0)
-
-
-def _unless_absent(new: jax.Array, old: jax.Array, context: Context) -> jax.Array:
-    """Keeps the old residual of a worker of weight 0."""
-    return new if context.weight is None else jnp.where(context.weight > 0, new, old)
+def _here(context: Context, axis: tuple[str, ...] | None) -> jax.Array | bool:
+    """Returns whether this worker's group takes part; who is absent sends zeros."""
+    weight = collectives.group_weight(context, axis)
+    return True if weight is None else weight > 0

@@ -464,7 +464,7 @@ MUTANTS = {
         "rules/streaming.py",
         "own_round = turns // n * turn + within + 1",
         "own_round = context.round",
-        "test_conformance.py -k streaming",
+        "test_rules.py -k own_rounds",
     ),
     "rounds the spacing of fragments": Mutant(
         "schedules.py",

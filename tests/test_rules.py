@@ -282,6 +282,14 @@ def test_a_fragment_is_synchronised_in_its_turn_and_nothing_else(n, cut):
     assert all((count == 2).all() for count in touched.values())
 
 
+def test_a_fragment_counts_its_own_rounds():
+    """Every second turn of each: rounds 3 and 4, 7 and 8."""
+    rule = lsgd.fragment(lsgd.when(lsgd.every(2), lsgd.average()), 2, cut=0)
+    seen, _ = agree(rule, values(8))
+    agreed = (seen == seen[:, :1]).all(axis=1).any(axis=1)
+    assert agreed.tolist() == [False, False, True, True] * 2
+
+
 def test_one_fragment_is_the_rule_itself():
     expected, _ = agree(lsgd.diloco(), values())
     seen, _ = agree(lsgd.fragment(lsgd.diloco(), 1), values())

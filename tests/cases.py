@@ -165,6 +165,7 @@ RULES = {
         collectives=("all-reduce", "all-gather"),
         places=FEW,
     ),
+    "ema": Case(lsgd.ema(lsgd.diloco()), places=FEW),
     "measured": Case(
         lsgd.measured(lsgd.diloco()),
         collectives=("all-reduce", "all-gather", "all-to-all"),

@@ -121,6 +121,18 @@ def test_a_rule_in_pieces_is_the_rule(rule, given):
         assert leaf.shape[0] == K and leaf.size <= N + K  # 1/K each, and scalars
 
 
+@each_weight
+def test_a_running_mean_of_the_consensus(given):
+    rule = lsgd.ema(lsgd.diloco(), 0.8)
+    seen, state = agree(rule, values(), given, start=np.arange(N))
+    expected, _ = agree(lsgd.diloco(), values(), given, start=np.arange(N))
+    np.testing.assert_array_equal(seen, expected)
+    mean = np.arange(N, dtype=float)
+    for x in seen:
+        mean = 0.8 * mean + 0.2 * x[0]
+    np.testing.assert_allclose(state.agreed["params"].ema, mean, rtol=1e-5, atol=1e-6)
+
+
 # Elastic, mixed, late.
 
 
@@ -829,6 +841,11 @@ def start(rule, tree=None, workers=K):
             lambda: lsgd.guard(lsgd.average(), decay=1),
             ValueError,
             r"guard\(decay\): it must be in \[0, 1\), got 1",
+        ),
+        (
+            lambda: lsgd.ema(lsgd.average(), 1.0),
+            ValueError,
+            r"ema\(decay\): it must be in \[0, 1\), got 1.0",
         ),
         (lambda: lsgd.gossip("star"), ValueError, r"gossip\(graph\): .* got 'star'"),
         (lambda: lsgd.overlap(lsgd.average), TypeError, r"overlap\(rule\): a SyncRule"),

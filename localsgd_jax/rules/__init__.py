@@ -17,6 +17,7 @@ from localsgd_jax.rules.outer_optimizer import (
 )
 from localsgd_jax.rules.overlapping import delay, overlap
 from localsgd_jax.rules.robust import guard, median, trimmed_mean
+from localsgd_jax.rules.smoothing import ema
 from localsgd_jax.rules.statistics import batch_statistics, reestimate
 from localsgd_jax.rules.streaming import fragment
 from localsgd_jax.rules.vectors import flatten
@@ -29,6 +30,7 @@ __all__ = [
     "delay",
     "diloco",
     "elastic",
+    "ema",
     "fedadam",
     "fedavgm",
     "flatten",

@@ -34,7 +34,9 @@ def test_mnist_learns_two_patterns(monkeypatch, capsys):
     pixels[:, 5:9] += 3 * digits[:, None, None, None]
     images = mnist.Images(pixels, digits)
     monkeypatch.setattr(mnist, "load", lambda: (images, images))
-    rows = mnist.main(["--workers", "4", "--periods", "2", "--epochs", "4"])
+    options = ["--periods", "2", "--epochs", "4", "--figure", "curve.png"]
+    rows = mnist.main(["--workers", "4", *options])
+    assert pathlib.Path("curve.png").read_bytes().startswith(b"\x89PNG")
     assert rows[0]["accuracy"] > 0.95 and rows[0]["round"] == 10
     assert capsys.readouterr().out.splitlines()[1].split()[1:4] == ["4", "2", "10"]
 

@@ -187,7 +187,8 @@ def signs(rule: SyncRule) -> SyncRule:
 
     An all-gather of N/8 bytes and a number for each leaf, (K − 1) N/8 bytes in all: it
     grows with K, and beats `quantize(rule, 1)`, which writes the mean as signs once
-    more, up to K = 2.
+    more, up to K = 2. Reading the signs of eight workers takes a CPU core as long as
+    sending what they save at 1 Gbit/s.
 
     Args:
       rule: a plain mean, `average()` or one over some axes.

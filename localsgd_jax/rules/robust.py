@@ -41,7 +41,8 @@ def median() -> SyncRule:
 
     Workers of weight 0 are left out; other weights count alike. An even number of
     workers gives the mean of the two in the middle. Each worker sorts a piece of the
-    vector, so this moves what `average()` moves: an all-to-all and an all-gather.
+    vector, so this moves what `average()` moves: an all-to-all and an all-gather. It
+    saves no bytes, and sorting costs many times a mean.
 
     Returns:
       A rule without state.

@@ -6,8 +6,8 @@ trains a network of 4 M parameters with 4 workers for 20 rounds of 8 steps, bare
 with `train`: batches dealt by the host, an evaluation every 10 rounds, a checkpoint in
 the background every 10 rounds, a progress bar. It repeats both in turn and prints the
 median of the ratios of their times: 2 minutes on two cores. The aim is 1.03. Seen:
-1.075, and 1.049 with 60 rounds in place of 20: the two checkpoints, of 67 MB each, take
-half a second of the cores that compute, and so do the loader and the progress bar.
+1.075, and 1.049 with 60 rounds in place of 20: about 0.35 s that do not grow with the
+rounds, and 17 ms a round.
 """
 
 import argparse

@@ -39,6 +39,7 @@ class Row(NamedTuple):
 
 ROWS = {
     "average()": Row(lambda: lsgd.average()),
+    "keep()": Row(lambda: lsgd.keep()),
     "flatten(average())": Row(lambda: lsgd.flatten(lsgd.average())),
     "outer(sgd)": Row(lambda: lsgd.outer(SGD)),
     "diloco()": Row(lambda: lsgd.diloco()),

@@ -8,12 +8,16 @@ import jax
 PyTree = Any
 
 
+class Lane(str):
+    """Name of an axis of workers that share a device: vmap carries it, no mesh does."""
+
+
 class Context(NamedTuple):
     """What a synchronisation rule knows besides the tree that it agrees on.
 
     Attributes:
       axes: for each worker axis, outermost first, the named axes that carry it, such
-        as `{"worker": ("worker", "lane")}`. Only `collectives` looks inside.
+        as `{"worker": ("worker", Lane("lane"))}`. Only `collectives` looks inside.
       round: number of this round, 1 for the first: an unbatched int32 scalar, or a
         Python int when a round is only being counted.
       weight: this worker's share in the mean, a float scalar, or None for equal

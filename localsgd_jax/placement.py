@@ -14,6 +14,7 @@ from localsgd_jax.base import (
     Algorithm,
     Cluster,
     Context,
+    Lane,
     PyTree,
     Rows,
     RuleState,
@@ -21,7 +22,7 @@ from localsgd_jax.base import (
 )
 from localsgd_jax.ledger import sent_bytes
 
-LANE = "lane"
+LANE = Lane("lane")
 
 
 def simulate(
@@ -72,7 +73,7 @@ def simulate(
         algorithm,
         axes,
         step=_each(algorithm.step, lanes),
-        sync=_together(algorithm.sync, axes, {name: (name,) for name in names}),
+        sync=_together(algorithm.sync, axes, {name: (Lane(name),) for name in names}),
         mesh=None,
     )
 

@@ -1,4 +1,4 @@
-"""Where workers live: the only file that names vmap, shard_map or a mesh."""
+"""Where workers live: the only file that names vmap or shard_map."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence

@@ -17,6 +17,7 @@ from jax._src.clusters import ClusterEnv
 from localsgd_jax import agreement, checks, rollcall
 from localsgd_jax.agreement import JobError
 from localsgd_jax.base import Cluster
+from localsgd_jax.processes import own_rows
 
 LOOPBACK = {"localhost": "127.0.0.1", "127.0.0.1": "127.0.0.1", "::1": "[::1]"}
 PACKAGES = ("localsgd-jax", "jax", "jaxlib", "optax", "numpy")
@@ -150,12 +151,8 @@ def own_workers(cluster: Cluster) -> np.ndarray:
       >>> own_workers(lsgd.simulate(algorithm, workers=3))
       array([0, 1, 2])
     """
-    everyone = np.arange(cluster.workers)
     row = cluster.put(jax.ShapeDtypeStruct((cluster.workers,), np.float32))
-    if row.sharding is None:
-        return everyone
-    places = row.sharding.addressable_devices_indices_map(row.shape)
-    return np.unique(np.concatenate([everyone[index] for index in places.values()]))
+    return own_rows(row.sharding, cluster.workers)
 
 
 def _place(

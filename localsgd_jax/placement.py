@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from localsgd_jax import checks, shapes
+from localsgd_jax import agreement, checks, processes, shapes
 from localsgd_jax.base import (
     Algorithm,
     Cluster,
@@ -20,6 +20,7 @@ from localsgd_jax.base import (
     State,
 )
 from localsgd_jax.ledger import sent_bytes
+from localsgd_jax.rules.describe import describe
 
 LANE = "lane"
 
@@ -322,6 +323,11 @@ def _init(
 ) -> State:
     """Gives every worker a copy of its own; shapes give shapes."""
     abstract = shapes.abstract(params)
+    if mesh is not None and mesh.is_multi_process and not abstract:
+        facts = {"workers": count, "mesh": dict(mesh.shape)}
+        facts |= {"rule": describe(algorithm.sync), "at": processes.described(params)}
+        holders = processes.holders(NamedSharding(mesh, P()))
+        agreement.same("init(params)", facts, holders)
     worker, rule_state = (
         shapes.like(jax.eval_shape(algorithm.init, params), params)
         if abstract
@@ -351,7 +357,7 @@ def _init(
     )
     if abstract:
         return shapes.placed(jax.eval_shape(many, one), shardings)
-    placed = jax.tree.map(lambda x: jax.device_put(x, within(x)), one)
+    placed = jax.tree.map(lambda x: processes.place(x, within(x)), one)
     return jax.jit(many, out_shardings=shardings)(placed)
 
 
@@ -399,12 +405,17 @@ def _put(
     time: bool = False,
 ) -> PyTree:
     """Sends a host batch to the workers' devices; shapes give shapes."""
-    checks.leading("put(batch)", batch, count, int(time))
     spec = P(None, names) if time else P(names)
     sharding = None if mesh is None else NamedSharding(mesh, spec)
+    own = len(processes.own_rows(sharding, count, int(time)))
+    checks.leading("put(batch)", batch, count, int(time), own)
     if shapes.abstract(batch):
         return shapes.placed(batch, jax.tree.map(lambda x: sharding, batch))
-    return jax.device_put(batch, sharding)
+    if sharding is None or sharding.is_fully_addressable:
+        return jax.device_put(batch, sharding)
+    return jax.tree.map(
+        lambda x: processes.place_rows(x, sharding, count, int(time)), batch
+    )
 
 
 def _as_tuple(value: str | int | Sequence) -> tuple:

@@ -17,6 +17,7 @@ FLOORS = {
     "fields": 0,
     "trees": 0,
     "agreement": 0,
+    "processes": 0,
     "rollcall": 0,
     "shapes": 0,
     "rules": 1,

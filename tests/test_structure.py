@@ -40,6 +40,7 @@ FLOORS = {
     "journal": 4,
     "rounds": 4,
     "train": 4,
+    "apart": 4,
     "checkpoint": 4,
     "audit": 5,
     "experiments": 5,

@@ -1,6 +1,7 @@
 """Local SGD and its descendants in JAX: any optax optimizer, any pytree, any place."""
 
 from localsgd_jax.adaptive import Adaptive, adacomm, triggered
+from localsgd_jax.agreement import JobError
 from localsgd_jax.algorithm import Worker, from_train_step, local_sgd
 from localsgd_jax.base import (
     Algorithm,
@@ -13,8 +14,10 @@ from localsgd_jax.base import (
 from localsgd_jax.consensus import consensus
 from localsgd_jax.deal import deal
 from localsgd_jax.diagnostics import measured
+from localsgd_jax.distributed import initialize, own_workers
 from localsgd_jax.journal import NonFiniteLossError
 from localsgd_jax.ledger import NoisyStepError, assert_silent, ledger
+from localsgd_jax.meshes import worker_mesh
 from localsgd_jax.placement import on_mesh, simulate
 from localsgd_jax.rounds import fused, gated
 from localsgd_jax.rules import (
@@ -69,6 +72,7 @@ __all__ = [
     "Algorithm",
     "Cluster",
     "Context",
+    "JobError",
     "NoisyStepError",
     "NonFiniteLossError",
     "RuleState",
@@ -104,6 +108,7 @@ __all__ = [
     "gossip",
     "growing",
     "guard",
+    "initialize",
     "keep",
     "late",
     "ledger",
@@ -116,6 +121,7 @@ __all__ = [
     "on_mesh",
     "outer",
     "overlap",
+    "own_workers",
     "post_local",
     "quadratic",
     "quantize",
@@ -131,4 +137,5 @@ __all__ = [
     "triggered",
     "trimmed_mean",
     "when",
+    "worker_mesh",
 ]

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from localsgd_jax import checks, fields
+from localsgd_jax import checks, fields, processes
 from localsgd_jax.base import Cluster, PyTree, State
 from localsgd_jax.rules.describe import describe
 
@@ -267,19 +267,18 @@ def _respread(stored: State, state: State) -> State:
     """Gives what K₀ workers left to K others, at the places of a new state."""
 
     def place(value: np.ndarray, like: jax.Array) -> jax.Array:
-        return jax.device_put(_typed(value, like), like.sharding)
+        return processes.place(_typed(value, like), like.sharding)
 
     def spread(old: np.ndarray, like: jax.Array) -> jax.Array:
         if _is_key(like):
-            return jax.device_put(
-                _more_keys(_typed(old, like), len(like)), like.sharding
-            )
+            more = _more_keys(_typed(old, like), len(like))
+            return processes.place(more, like.sharding)
         if jnp.issubdtype(old.dtype, jnp.inexact):
             wide = jnp.promote_types(old.dtype, jnp.float32)
             one = old.mean(0, dtype=wide).astype(old.dtype)
         else:
             one = old[0]
-        return jax.device_put(np.broadcast_to(one, like.shape), like.sharding)
+        return processes.place(np.broadcast_to(one, like.shape), like.sharding)
 
     return jax.tree.map(place, stored, state)._replace(
         workers=jax.tree.map(spread, stored.workers, state.workers),

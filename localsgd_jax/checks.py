@@ -19,14 +19,20 @@ def integer(call: str, name: str, value: int, least: int) -> int:
     return int(value)
 
 
-def leading(call: str, batch: PyTree, workers: int, position: int = 0) -> None:
-    """Refuses a batch whose worker axis does not have length K."""
+def leading(
+    call: str, batch: PyTree, workers: int, position: int = 0, own: int | None = None
+) -> None:
+    """Refuses a batch whose worker axis does not have length K, or that of a part."""
+    allowed = (workers, workers if own is None else own)
     for path, leaf in jax.tree.leaves_with_path(batch):
         shape = np.shape(leaf)
-        if shape[position : position + 1] != (workers,):
+        if not set(shape[position : position + 1]) & set(allowed):
             where = ("leading axis", "second axis")[position]
+            known = f"{workers} workers"
+            if allowed[1] != workers:
+                known += f" or the {own} of this process"
             raise ValueError(
-                f"{call}: the {where} of every leaf must be the {workers} workers, got "
+                f"{call}: the {where} of every leaf must be the {known}, got "
                 f"shape {shape} at {jax.tree_util.keystr(path) or 'the root'}"
             )
 

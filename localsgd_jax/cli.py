@@ -8,10 +8,11 @@ from pathlib import Path
 import click
 
 from localsgd_jax.audit.command import audit
+from localsgd_jax.distributed import version
 from localsgd_jax.experiments.choices import OPTIMIZERS, PERIOD, SCHEDULES
 from localsgd_jax.experiments.one_line import one_line
-from localsgd_jax.experiments.run_directory import version
 from localsgd_jax.journal import NonFiniteLossError
+from localsgd_jax.launch.command import launch
 from localsgd_jax.plan.command import plan
 from localsgd_jax.reproduce.command import reproduce
 
@@ -163,5 +164,6 @@ def train(as_json: bool, **options) -> None:
 
 
 cli.add_command(audit)
+cli.add_command(launch)
 cli.add_command(plan)
 cli.add_command(reproduce)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from localsgd_jax import fields
+from localsgd_jax import fields, processes
 from localsgd_jax.base import PyTree, State
 
 
@@ -15,7 +15,8 @@ def consensus(state: State, field: str | Sequence[str] | None = "params") -> PyT
         x̄ = (1/K) Σₖ xₖ
 
     The mean is accumulated in float32 at least; what has no mean (integers, keys) is
-    taken from worker 0.
+    taken from worker 0. Where several processes hold the state all of them must call
+    it, and each gets a copy of its own.
 
     Args:
       state: state of a cluster, synchronised or not.
@@ -39,9 +40,9 @@ def consensus(state: State, field: str | Sequence[str] | None = "params") -> PyT
       Array(2., dtype=float32)
     """
     if field is None:
-        return _mean_of_workers(state.workers)
+        return processes.at_hand(_mean_of_workers(state.workers))
     names = (field,) if isinstance(field, str) else tuple(field)
-    found = _mean_of_workers(fields.read(state.workers, names))
+    found = processes.at_hand(_mean_of_workers(fields.read(state.workers, names)))
     return found[field] if isinstance(field, str) else found
 
 

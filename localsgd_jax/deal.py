@@ -1,6 +1,6 @@
 """Data for workers: every example once per epoch, whatever the number of workers."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -10,7 +10,13 @@ from localsgd_jax.base import PyTree
 
 
 def deal(
-    data: PyTree, workers: int, batch: int, *, seed: int = 0, start: int = 0
+    data: PyTree,
+    workers: int,
+    batch: int,
+    *,
+    seed: int = 0,
+    start: int = 0,
+    only: Sequence[int] | np.ndarray | None = None,
 ) -> Iterator[PyTree]:
     """Deals a dataset to K workers like a deck of cards, without end.
 
@@ -30,9 +36,10 @@ def deal(
       batch: B, examples for each worker and step; at most n // K.
       seed: of the shuffles.
       start: examples that were dealt before, such as `int(state.step) * K * B`.
+      only: workers whose rows are wanted, such as `own_workers(cluster)`; None for all.
 
     Returns:
-      An iterator of batches with leaves `(K, B, ...)`.
+      An iterator of batches with leaves `(K, B, ...)`, or fewer rows with `only`.
 
     Raises:
       TypeError: if a number is not an int.
@@ -55,11 +62,18 @@ def deal(
             f"deal(batch): a batch must fit into a worker's shard of {count} // "
             f"{workers} = {count // workers} examples, got {batch}"
         )
-    return _batches(data, count, workers, batch, seed, start)
+    chosen = check_only("deal(only)", only, workers)
+    return _batches(data, count, workers, batch, seed, start, chosen)
 
 
 def _batches(
-    data: PyTree, count: int, workers: int, batch: int, seed: int, start: int
+    data: PyTree,
+    count: int,
+    workers: int,
+    batch: int,
+    seed: int,
+    start: int,
+    chosen: np.ndarray,
 ) -> Iterator[PyTree]:
     """Cuts the stream into batches."""
     epoch, position = divmod(start, count)
@@ -70,7 +84,7 @@ def _batches(
             epoch += 1
             deck = np.concatenate([deck, _shuffled(count, seed, epoch)])
         hand, deck = np.split(deck, [workers * batch])
-        rows = hand.reshape(workers, batch)
+        rows = hand.reshape(workers, batch)[chosen]
         yield jax.tree.map(lambda leaf, rows=rows: leaf[rows], data)
 
 
@@ -91,3 +105,17 @@ def check_examples(call: str, data: PyTree) -> int:
             f"leading axis, and at least one, got {counts}"
         )
     return next(iter(counts.values()))[0]
+
+
+def check_only(
+    call: str, only: Sequence[int] | np.ndarray | None, workers: int
+) -> np.ndarray:
+    """Returns the workers that are wanted; refuses who is none of them."""
+    chosen = np.arange(workers) if only is None else np.asarray(only)
+    known = np.isin(chosen, np.arange(workers)).all()
+    if chosen.ndim != 1 or not len(chosen) or not known:
+        raise ValueError(
+            f"{call}: at least one of the workers 0 to {workers - 1} is needed, and "
+            f"nobody else, got {only!r}"
+        )
+    return chosen

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Siz
 import jax
 import numpy as np
 
-from localsgd_jax.base import Cluster, Notes, State
+from localsgd_jax import agreement, processes
+from localsgd_jax.base import Cluster, Notes, PyTree, State
 from localsgd_jax.consensus import consensus
 
 History = dict[str, np.ndarray]
@@ -65,17 +66,28 @@ class Journal:
         self.shapes = jax.eval_shape(lambda state: state, state)
         self.sent, self.range = cluster.sent, cluster.sent(self.shapes, None)
         self.evaluate, self.field = evaluate, field
-        self.record, self.bar = record, None
+        self.holders = processes.holders(state.step.sharding)
+        self.leads = jax.process_index() == self.holders[0]
+        self.record, self.bar = record if self.leads else None, None
         self.step, self.round, self.bytes = int(state.step), int(state.round), 0
         self.began, self.rows, self.recorded = time.perf_counter(), [], 0
-        self.unfinished, self.told = [], 0
+        self.unfinished, self.told, self.held = [], 0, []
 
-    def read(self, computed: tuple | None, state: State) -> None:
+    def read(self, computed: tuple | None, state: State, last: bool = False) -> None:
         """Waits for the metrics of a dispatch and ends the rounds in it."""
-        if computed is None:
+        if computed is not None:
+            self.held.append(computed)
+        talks = len(self.holders) > 1
+        if talks and not last and not any(any(due) for due, _ in self.held):
+            # Other processes are asked for their metrics once a round, not before.
+            jax.block_until_ready(computed)
             return
-        due, (metrics, noted) = computed
-        metrics, noted = jax.tree.map(np.asarray, (metrics, noted))
+        held, self.held = self.held, []
+        for due, found in held:
+            self._add(due, *processes.on_host(found), state)
+
+    def _add(self, due: list[bool], metrics: Mapping, noted: Mapping, state: State):
+        """Adds the steps of a dispatch, and the rows of the rounds that end in it."""
         for i, end in enumerate(due):
             now = {name: values[i] for name, values in metrics.items()}
             self.step += 1
@@ -117,10 +129,17 @@ class Journal:
     def look(self, state: State) -> None:
         """Evaluates the consensus at the end of the last round, once."""
         if self.evaluate and len(self.rows) > self.recorded:
-            values = self.evaluate(consensus(state, self.field))
-            values = values if isinstance(values, Mapping) else {"evaluation": values}
-            self.rows[-1] |= {name: _number(name, x) for name, x in values.items()}
+            model = consensus(state, self.field)
+            once = self.holders if processes.local(model) else []
+            found = agreement.told("train(evaluate)", lambda: self._judge(model), once)
+            self.rows[-1] |= found
         self._write()
+
+    def _judge(self, model: PyTree) -> dict[str, float]:
+        """Evaluates a model."""
+        values = self.evaluate(model)
+        values = values if isinstance(values, Mapping) else {"evaluation": values}
+        return {name: _number(name, x) for name, x in values.items()}
 
     def history(self) -> History:
         """Returns the rows as columns."""

@@ -1,15 +1,16 @@
-"""Where workers live: the only file that names vmap, shard_map or a mesh."""
+"""Where workers live: the only file that names vmap or shard_map."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from localsgd_jax import checks, shapes
+from localsgd_jax import agreement, checks, processes, shapes
 from localsgd_jax.base import (
     Algorithm,
     Cluster,
@@ -21,6 +22,7 @@ from localsgd_jax.base import (
     State,
 )
 from localsgd_jax.ledger import sent_bytes
+from localsgd_jax.rules.describe import describe
 
 LANE = Lane("lane")
 
@@ -150,6 +152,37 @@ def on_mesh(
         sync=_together(algorithm.sync, per_place, carriers),
         mesh=mesh,
     )
+
+
+def among(mesh: Mesh, devices: Iterable, axis: str | Sequence[str] = "worker") -> Mesh:
+    """Keeps the places of a mesh whose devices are all among those given.
+
+    Args:
+      mesh: any mesh.
+      devices: such as those of one process, or of all that are alive.
+      axis: the worker axis, or several; places go along the outermost.
+
+    Returns:
+      A mesh with the same axes.
+
+    Raises:
+      ValueError: if no place is left.
+
+    Example:
+      >>> import jax
+      >>> mesh = jax.make_mesh((jax.device_count(),), ("worker",))
+      >>> among(mesh, jax.devices()[:1]).size
+      1
+    """
+    along = mesh.axis_names.index(_as_tuple(axis)[0])
+    places, wanted = np.moveaxis(mesh.devices, along, 0), set(devices)
+    kept = [i for i, place in enumerate(places) if wanted.issuperset(np.ravel(place))]
+    if not kept:
+        raise ValueError(
+            f"among(mesh, devices): no place of {mesh.shape} has all its devices among "
+            f"the {len(wanted)} given"
+        )
+    return Mesh(np.take(mesh.devices, kept, along), mesh.axis_names)
 
 
 def _cluster(
@@ -323,6 +356,11 @@ def _init(
 ) -> State:
     """Gives every worker a copy of its own; shapes give shapes."""
     abstract = shapes.abstract(params)
+    if mesh is not None and mesh.is_multi_process and not abstract:
+        facts = {"workers": count, "mesh": dict(mesh.shape)}
+        facts |= {"rule": describe(algorithm.sync), "at": processes.described(params)}
+        holders = processes.holders(NamedSharding(mesh, P()))
+        agreement.same("init(params)", facts, holders)
     worker, rule_state = (
         shapes.like(jax.eval_shape(algorithm.init, params), params)
         if abstract
@@ -352,7 +390,7 @@ def _init(
     )
     if abstract:
         return shapes.placed(jax.eval_shape(many, one), shardings)
-    placed = jax.tree.map(lambda x: jax.device_put(x, within(x)), one)
+    placed = jax.tree.map(lambda x: processes.place(x, within(x)), one)
     return jax.jit(many, out_shardings=shardings)(placed)
 
 
@@ -400,12 +438,17 @@ def _put(
     time: bool = False,
 ) -> PyTree:
     """Sends a host batch to the workers' devices; shapes give shapes."""
-    checks.leading("put(batch)", batch, count, int(time))
     spec = P(None, names) if time else P(names)
     sharding = None if mesh is None else NamedSharding(mesh, spec)
+    own = len(processes.own_rows(sharding, count, int(time)))
+    checks.leading("put(batch)", batch, count, int(time), own)
     if shapes.abstract(batch):
         return shapes.placed(batch, jax.tree.map(lambda x: sharding, batch))
-    return jax.device_put(batch, sharding)
+    if sharding is None or sharding.is_fully_addressable:
+        return jax.device_put(batch, sharding)
+    return jax.tree.map(
+        lambda x: processes.place_rows(x, sharding, count, int(time)), batch
+    )
 
 
 def _as_tuple(value: str | int | Sequence) -> tuple:

@@ -7,7 +7,7 @@ import numpy as np
 
 from localsgd_jax import checks
 from localsgd_jax.base import PyTree
-from localsgd_jax.deal import check_examples
+from localsgd_jax.deal import check_examples, check_only
 
 
 def dirichlet(
@@ -82,6 +82,7 @@ def deal_shards(
     *,
     seed: int = 0,
     start: int = 0,
+    only: Sequence[int] | np.ndarray | None = None,
 ) -> Iterator[PyTree]:
     """Deals every worker its own shard, over and over, shuffled anew each time.
 
@@ -98,9 +99,10 @@ def deal_shards(
       batch: B, examples for each worker and step.
       seed: of the shuffles.
       start: examples dealt to all workers before: a multiple of K B.
+      only: workers whose rows are wanted, such as `own_workers(cluster)`; None for all.
 
     Returns:
-      An iterator of batches with leaves `(K, B, ...)`.
+      An iterator of batches with leaves `(K, B, ...)`, or fewer rows with `only`.
 
     Raises:
       TypeError: if a number is not an int.
@@ -133,16 +135,20 @@ def deal_shards(
             f"deal_shards(start): start must be a multiple of the {len(shards)} * "
             f"{batch} examples of a step, got {start}"
         )
-    return _batches(data, shards, batch, seed, step)
+    chosen = check_only("deal_shards(only)", only, len(shards))
+    return _batches(data, shards, batch, seed, step, chosen)
 
 
 def _batches(
-    data: PyTree, shards: list[np.ndarray], batch: int, seed: int, step: int
+    data: PyTree,
+    shards: list[np.ndarray],
+    batch: int,
+    seed: int,
+    step: int,
+    chosen: np.ndarray,
 ) -> Iterator[PyTree]:
     """Cuts the streams into batches."""
-    streams = [
-        _stream(shard, (seed, k), step * batch) for k, shard in enumerate(shards)
-    ]
+    streams = [_stream(shards[k], (seed, int(k)), step * batch) for k in chosen]
     while True:
         rows = np.array([[next(stream) for _ in range(batch)] for stream in streams])
         yield jax.tree.map(lambda leaf, rows=rows: leaf[rows], data)

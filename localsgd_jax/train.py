@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from localsgd_jax import checks, rounds, schedules
+from localsgd_jax import agreement, checks, processes, rounds, schedules
 from localsgd_jax.adaptive import Adaptive
 from localsgd_jax.base import Cluster, PyTree, State
 from localsgd_jax.feed import Queue
@@ -103,7 +104,10 @@ def train(
     # Counted from the first round of all, so that a run that was interrupted looks,
     # saves and cuts its dispatches where it would have done without.
     until_look = look_every - journal.round % look_every
-    with open_bar(progress, steps, batches) as journal.bar:
+    if len(journal.holders) > 1:
+        settings = (schedule, steps, weight, look_every, save and save_every, chunk)
+        _compare(cluster, state, queue, journal, settings)
+    with open_bar(journal.leads and progress, steps, batches) as journal.bar:
         while limit := queue.ready():
             if save:
                 limit = min(limit, save_every - start % save_every)
@@ -122,10 +126,10 @@ def train(
                 journal.look(state)
                 until_look, computing = look_every, None
             if save and start % save_every == 0 and queue.ready():
-                journal.read(computing, state)  # Saves no state whose loss is NaN.
+                journal.read(computing, state, last=True)  # Saves no NaN.
                 save(state, examples)
                 computing = None
-        journal.read(computing, state)
+        journal.read(computing, state, last=True)
         if journal.unfinished:
             state = jax.jit(cluster.sync, donate_argnums=0)(state, weight)
             journal.end_round(notes(state))
@@ -220,6 +224,35 @@ def _dispatcher(cluster: Cluster, weight: jax.Array | None) -> Callable:
         return gated(state, batches, np.array(due))
 
     return run
+
+
+def _compare(
+    cluster: Cluster, state: State, queue: Queue, journal: Journal, settings: tuple
+) -> None:
+    """Makes sure that all processes are about to do the same."""
+    batch = cluster.put(queue.held[0][1]) if queue.ready() else None
+    names = ("every", "steps", "weight", "evaluate_every", "save_every", "chunk")
+    programs = {
+        "local step": (cluster.step, batch),
+        "sync": (cluster.sync, settings[2]),
+    }
+    facts = {
+        **dict(zip(names, map(str, settings), strict=True)),
+        "state": {"step": journal.step, "round": journal.round},
+        "leaves": processes.described(state),
+        "batch": processes.described(batch),
+        "program": {
+            name: _checksum(jax.jit(function).lower(state, argument).as_text())
+            for name, (function, argument) in programs.items()
+            if batch is not None
+        },
+    }
+    agreement.same("train()", facts, journal.holders)
+
+
+def _checksum(text: str) -> str:
+    """Returns a number that tells texts apart."""
+    return f"{zlib.crc32(text.encode()):08x}"
 
 
 def _teach(schedule: Callable, journal: Journal, step: int) -> None:

@@ -57,7 +57,7 @@ def test_every_public_name_is_in_the_readme():
         "Schedule",
         "State",
     }
-    types |= {"SyncRule", "Worker", "NonFiniteLossError", "NoisyStepError"}
+    types |= {"SyncRule", "Worker", "JobError", "NonFiniteLossError", "NoisyStepError"}
     for name in set(lsgd.__all__) - types:
         assert re.search(rf"\b{name}\b", text), name
 

@@ -1,6 +1,5 @@
 """The directory of a run: config.json, history.jsonl, params.npz, figure.png."""
 
-import importlib.metadata
 import json
 import math
 import platform
@@ -8,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+
+from localsgd_jax.distributed import version
 
 PACKAGES = ("localsgd-jax", "jax", "jaxlib", "optax", "numpy", "scikit-learn")
 
@@ -73,22 +74,3 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {
         package: version(package) for package in PACKAGES
     }
-
-
-def version(package: str) -> str:
-    """Returns the installed version of a package, or says that it is not installed.
-
-    Args:
-      package: name of the distribution.
-
-    Returns:
-      The version.
-
-    Example:
-      >>> version("no-such-package")
-      'not installed'
-    """
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"

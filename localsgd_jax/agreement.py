@@ -1,0 +1,180 @@
+"""What all processes must have in common, compared before it can make them hang.
+
+Programs that differ between processes wait for each other for ever. The facts travel
+through the key-value store of JAX's coordination service, which knows time limits.
+"""
+
+import collections
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+
+# JAX has no public name for the client of its coordination service.
+from jax._src.distributed import global_state
+
+TIMEOUT = 300.0
+_calls: collections.Counter = collections.Counter()
+_NOTHING = "nothing"
+
+
+class JobError(RuntimeError):
+    """The processes of a job do not fit together, or one is missing."""
+
+
+def same(
+    call: str,
+    facts: Mapping[str, object],
+    processes: Sequence[int] | None = None,
+    timeout: float | None = None,
+) -> None:
+    """Raises the same error in all processes if they do not have the same facts.
+
+    Args:
+      call: for the message, such as "train()"; all processes make the same calls.
+      facts: numbers, strings, lists and dicts of them.
+      processes: who compares; all if None.
+      timeout: seconds to wait for a process; that of `initialize` if None.
+
+    Raises:
+      JobError: names what differs, or who did not come.
+    """
+    everyone = list(range(jax.process_count()) if processes is None else processes)
+    if len(everyone) < 2:
+        return
+    timeout = TIMEOUT if timeout is None else timeout
+    prefix, me, first = _prefix(call, everyone), jax.process_index(), min(everyone)
+    store = global_state.client
+    if me != first:
+        store.key_value_set(f"{prefix}{me}", json.dumps(facts))
+        # Process 0 may wait for all others in turn before it can speak.
+        verdict = _get(f"{prefix}verdict", timeout + 30)
+        if verdict is None:
+            verdict = f"process {first} did not come within {timeout + 30:g} s"
+        store.key_value_set(f"{prefix}{me}/heard", "")
+    else:
+        verdict = _compare(prefix, facts, everyone, timeout)
+        store.key_value_set(f"{prefix}verdict", verdict)
+        for other in everyone:
+            if verdict and other != me:  # They must hear it before this one leaves.
+                _get(f"{prefix}{other}/heard", 5)
+    if verdict:
+        raise JobError(f"{call}: {verdict}")
+
+
+def told(call: str, say: Callable[[], object], processes: Sequence[int]) -> object:
+    """Returns in every process what the first of them computes.
+
+    Args:
+      call: for the message; all processes make the same calls.
+      say: called in the first process only; returns what JSON can hold.
+      processes: who takes part.
+
+    Returns:
+      The value.
+
+    Raises:
+      JobError: in the others, if `say` raises; the first one's own error there.
+    """
+    if len(processes) < 2:
+        return say()
+    prefix, store = _prefix(call, processes), global_state.client
+    if jax.process_index() != min(processes):
+        while (heard := _get(prefix + "said", 60)) is None:
+            pass  # If the first process dies, the service dies and this raises.
+        message = json.loads(heard)
+        if "error" in message:
+            raise JobError(
+                f"{call}: process {min(processes)} has failed: {message['error']}"
+            )
+        return message["value"]
+    try:
+        message = {"value": say()}
+    except Exception as error:
+        failed = f"{type(error).__name__}: {error}"
+        store.key_value_set(prefix + "said", json.dumps({"error": failed}))
+        raise
+    store.key_value_set(prefix + "said", json.dumps(message))
+    return message["value"]
+
+
+def differences(said: Mapping[int, Mapping]) -> list[str]:
+    """Names the facts in which processes differ.
+
+    Args:
+      said: for each process its facts; mappings in them are compared one by one.
+
+    Returns:
+      A line for each, at most five.
+
+    Example:
+      >>> differences({0: {"H": 4, "K": 2}, 1: {"H": 8, "K": 2}, 2: {"H": 8, "K": 2}})
+      ['H: 4 in process 0, 8 in processes 1, 2']
+    """
+    flat = {process: _flat(facts) for process, facts in sorted(said.items())}
+    names = dict.fromkeys(name for facts in flat.values() for name in facts)
+    lines = []
+    for name in names:
+        who = collections.defaultdict(list)
+        for process, facts in flat.items():
+            who[facts.get(name, _NOTHING)].append(process)
+        if len(who) > 1:
+            parts = [f"{value} in {listed(owners)}" for value, owners in who.items()]
+            lines.append(f"{name}: {', '.join(parts)}")
+    more = [f"and {len(lines) - 5} more"] if len(lines) > 5 else []
+    return lines[:5] + more
+
+
+def _compare(
+    prefix: str, facts: Mapping, everyone: Sequence[int], timeout: float
+) -> str:
+    """The first process collects the facts of all and says what is wrong."""
+    deadline, me = time.monotonic() + timeout, jax.process_index()
+    said, lacking = {me: json.loads(json.dumps(facts))}, []
+    for other in everyone:
+        if other == me:
+            continue
+        heard = _get(f"{prefix}{other}", max(deadline - time.monotonic(), 1))
+        if heard is None:
+            lacking.append(other)
+        else:
+            said[other] = json.loads(heard)
+    found = differences(said)
+    if lacking:
+        found.insert(0, f"{listed(lacking)} did not come within {timeout:g} s")
+    return "; ".join(found)
+
+
+def _get(key: str, seconds: float) -> str | None:
+    """Waits for a key; None if it does not come in time."""
+    try:
+        return global_state.client.blocking_key_value_get(key, int(seconds * 1000))
+    except jax.errors.JaxRuntimeError as error:
+        if "DEADLINE_EXCEEDED" not in str(error):
+            raise
+        return None
+
+
+def _prefix(call: str, everyone: Sequence[int]) -> str:
+    """Returns where in the store a call of these processes has its keys."""
+    group = f"{call}/{'-'.join(map(str, everyone))}"
+    _calls[group] += 1
+    return f"localsgd/{group}/{_calls[group]}/"
+
+
+def _flat(facts: Mapping, prefix: str = "") -> dict[str, str]:
+    """Returns the facts without nesting, as text."""
+    found = {}
+    for name, value in facts.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = json.dumps(value)
+    return found
+
+
+def listed(processes: Sequence[int]) -> str:
+    """Names processes, the first ten of them."""
+    shown = ", ".join(map(str, processes[:10])) + (", …" if processes[10:] else "")
+    return f"process{'es' if len(processes) > 1 else ''} {shown}"

@@ -1,0 +1,255 @@
+"""A run on more than one process: how they find each other, and whose data is whose."""
+
+import importlib.metadata
+import os
+import sys
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+# JAX has no public name for its detection of clusters.
+from jax._src.clusters import ClusterEnv
+
+from localsgd_jax import agreement, checks, rollcall
+from localsgd_jax.agreement import JobError
+from localsgd_jax.base import Cluster
+from localsgd_jax.processes import own_rows
+
+LOOPBACK = {"localhost": "127.0.0.1", "127.0.0.1": "127.0.0.1", "::1": "[::1]"}
+PACKAGES = ("localsgd-jax", "jax", "jaxlib", "optax", "numpy")
+SETTINGS = (
+    "jax_enable_x64",
+    "jax_default_prng_impl",
+    "jax_threefry_partitionable",
+    "jax_default_matmul_precision",
+)
+# Process 0 holds the service without which the others cannot say what went wrong.
+LAST_WORDS = 2.0
+
+
+class Place(NamedTuple):
+    """Where a process stands in its job.
+
+    Attributes:
+      coordinator: HOST:PORT of process 0.
+      processes: how many there are.
+      process: number of this one.
+      devices: local numbers of the accelerators that it uses; None for all.
+    """
+
+    coordinator: str
+    processes: int
+    process: int
+    devices: list[int] | None = None
+
+
+def initialize(
+    coordinator: str | None = None,
+    processes: int | None = None,
+    process: int | None = None,
+    *,
+    bind: str | None = None,
+    config: Mapping[str, object] | None = None,
+    timeout: float = 300,
+    heartbeat: int = 100,
+    recoverable: bool = False,
+) -> int:
+    """Joins the processes of a job, if there are several; to be called first.
+
+    Without addresses they come from `localsgd launch`, from the variables
+    LOCALSGD_COORDINATOR, LOCALSGD_PROCESSES and LOCALSGD_PROCESS, or from where JAX
+    finds them: SLURM, Open MPI, Kubernetes, TPU pods. A process that is alone goes on
+    as if nothing had been called, so a program may always begin with it.
+
+    All processes meet at the coordinator's port before JAX connects, and compare the
+    versions in use, the settings of JAX that change programs, and `config`. A process
+    that is missing, too many, of another job or different makes all of them raise.
+    From then on an exception that nobody catches ends its process at once, without
+    the wait for the others in which JAX would kill it with SIGABRT; and SIGTERM does
+    what it does elsewhere, since JAX's preemption service is turned off.
+
+    Args:
+      coordinator: HOST:PORT of process 0.
+      processes: how many there are.
+      process: number of this one, from 0.
+      bind: HOST:PORT at which process 0 listens; if None the loopback interface for
+        a coordinator on this machine, and else all interfaces.
+      config: what must be the same everywhere, such as the options of the program.
+      timeout: seconds to wait for a process that is late, here and later.
+      heartbeat: seconds after which a process that is not heard of counts as dead.
+      recoverable: whether the others survive the death of a process other than 0.
+
+    Returns:
+      How many processes there are.
+
+    Raises:
+      JobError: if the processes do not come together; it names the difference.
+      ValueError: if only some of the three are given, or one is out of range.
+      RuntimeError: if JAX has started already.
+
+    Example:
+      >>> import localsgd_jax as lsgd
+      >>> lsgd.initialize()
+      1
+    """
+    place = _place(coordinator, processes, process, timeout)
+    if place is None or place.processes == 1:
+        return 1
+    if jax.distributed.is_initialized():
+        return jax.process_count()
+    jax.config.update("jax_enable_preemption_service", False)
+    jax.config.update("jax_enable_recoverability", recoverable)
+    agreement.TIMEOUT = timeout
+    door = bind or os.environ.get("JAX_COORDINATOR_BIND_ADDRESS") or _door(place)
+    facts = _facts(place, config)
+    if place.process == 0:
+        rollcall.hold(door, facts, place.processes, timeout)
+    else:
+        rollcall.attend(place.coordinator, facts, place.process, timeout)
+    try:
+        jax.distributed.initialize(
+            place.coordinator,
+            place.processes,
+            place.process,
+            local_device_ids=place.devices,
+            cluster_detection_method="deactivate",
+            initialization_timeout=int(timeout),
+            heartbeat_timeout_seconds=heartbeat,
+            coordinator_bind_address=door,
+        )
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise JobError(
+            f"initialize(): JAX cannot serve on {door} or reach {place.coordinator}: "
+            f"{reason}"
+        ) from error
+    _leave_on_errors(place.process)
+    return place.processes
+
+
+def own_workers(cluster: Cluster) -> np.ndarray:
+    """Returns the workers whose data this process feeds.
+
+    Batches may have rows for all K workers, of which each process takes its own, or
+    only for these, in this order.
+
+    Args:
+      cluster: where the workers live.
+
+    Returns:
+      Their numbers, ascending; all K where there is one process.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> import localsgd_jax as lsgd
+      >>> algorithm = lsgd.local_sgd(lambda w, b: (w - b) ** 2, optax.sgd(0.1),
+      ...                            rule=lsgd.average())
+      >>> own_workers(lsgd.simulate(algorithm, workers=3))
+      array([0, 1, 2])
+    """
+    row = cluster.put(jax.ShapeDtypeStruct((cluster.workers,), np.float32))
+    return own_rows(row.sharding, cluster.workers)
+
+
+def _place(
+    coordinator: str | None, processes: int | None, process: int | None, timeout: float
+) -> Place | None:
+    """Finds out where this process stands; None if it is alone."""
+    given = (coordinator, processes, process)
+    if None not in given:
+        return _checked("initialize()", coordinator, processes, process)
+    if given != (None, None, None):
+        raise ValueError(
+            "initialize(coordinator, processes, process): all three or none are "
+            f"needed, got {given}"
+        )
+    if "LOCALSGD_COORDINATOR" in os.environ:
+        names = [f"LOCALSGD_{x}" for x in ("COORDINATOR", "PROCESSES", "PROCESS")]
+        try:
+            return _checked(", ".join(names), os.environ[names[0]], *_whole(names[1:]))
+        except KeyError as error:
+            raise ValueError(f"initialize(): {error} is not set") from None
+    found = ClusterEnv.auto_detect_unset_distributed_params(
+        os.environ.get("JAX_COORDINATOR_ADDRESS"), None, None, None, None, int(timeout)
+    )
+    return None if None in found[:3] else Place(*found)
+
+
+def _whole(names: list[str]) -> list[int]:
+    """Reads whole numbers from the environment."""
+    for name in names:
+        if not os.environ[name].isdigit():
+            raise ValueError(
+                f"initialize(): {name} must be a whole number, got {os.environ[name]!r}"
+            )
+    return [int(os.environ[name]) for name in names]
+
+
+def _checked(call: str, coordinator: str, processes: int, process: int) -> Place:
+    """Refuses numbers that no job has."""
+    rollcall.split(coordinator)
+    checks.integer(call, "the number of processes", processes, 1)
+    checks.integer(call, "the number of this process", process, 0)
+    if process >= processes:
+        raise ValueError(
+            f"{call}: processes count from 0 to {processes - 1}, got {process}"
+        )
+    return Place(coordinator, processes, process)
+
+
+def _door(place: Place) -> str:
+    """Returns where process 0 listens: to this machine alone if all are here."""
+    host, port = rollcall.split(place.coordinator)
+    return f"{LOOPBACK.get(host, '[::]')}:{port}"
+
+
+def _facts(place: Place, config: Mapping | None) -> dict:
+    """Returns what must be the same in all processes."""
+    slurm = [os.environ.get(f"SLURM_{x}", "") for x in ("JOB_ID", "STEP_ID")]
+    return {
+        "job": os.environ.get("LOCALSGD_JOB") or ".".join(slurm).strip("."),
+        "processes": place.processes,
+        "version": {package: version(package) for package in PACKAGES},
+        "setting": {name: str(jax.config.values[name]) for name in SETTINGS},
+        "config": dict(config or {}),
+    }
+
+
+def version(package: str) -> str:
+    """Returns the installed version of a package, or says that it is not installed.
+
+    Args:
+      package: name of the distribution.
+
+    Returns:
+      The version.
+
+    Example:
+      >>> version("no-such-package")
+      'not installed'
+    """
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _leave_on_errors(process: int) -> None:
+    """Makes an exception that nobody catches end the process at once."""
+    before = sys.excepthook
+
+    def leave(
+        kind: type[BaseException], error: BaseException, trace: TracebackType | None
+    ) -> None:
+        before(kind, error, trace)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if process == 0:
+            time.sleep(LAST_WORDS)
+        os._exit(130 if issubclass(kind, KeyboardInterrupt) else 1)
+
+    sys.excepthook = leave

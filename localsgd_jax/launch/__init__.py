@@ -1,0 +1,1 @@
+"""`localsgd launch`: the processes of a job on one machine."""

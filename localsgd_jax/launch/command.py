@@ -1,0 +1,77 @@
+"""The command `localsgd launch`."""
+
+import os
+import sys
+
+import click
+
+from localsgd_jax.launch import job
+
+
+@click.command(context_settings={"ignore_unknown_options": True})
+@click.option(
+    "-n",
+    "--processes",
+    required=True,
+    type=click.IntRange(1),
+    help="How many processes to start.",
+)
+@click.option(
+    "--devices-per-process",
+    "devices",
+    default=1,
+    show_default=True,
+    type=click.IntRange(1),
+    help="CPU devices of each process, or accelerators: process p gets the p-th lot.",
+)
+@click.option(
+    "--elastic",
+    is_flag=True,
+    help="Let the others go on when a process fails that is not process 0.",
+)
+@click.option(
+    "--restarts",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0),
+    help="How often to start all processes again when the job has failed.",
+)
+@click.option(
+    "--grace",
+    default=30.0,
+    show_default=True,
+    type=click.FloatRange(0),
+    help="Seconds from asking processes to end until they are killed.",
+)
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+def launch(
+    processes: int,
+    devices: int,
+    elastic: bool,
+    restarts: int,
+    grace: float,
+    command: tuple[str, ...],
+) -> None:
+    """Run a program in several processes on this machine.
+
+    Example: localsgd launch -n 4 -- python train.py --period 16
+
+    The program begins with localsgd_jax.initialize(), by which its processes find each
+    other. Their lines come with the number of the process in front. SIGINT, SIGTERM
+    and SIGHUP are passed on, at the second time as SIGKILL. When a process fails the
+    others are ended; none is left behind, however the launcher ends.
+
+    Exits with the code of the first process that failed (with --elastic that of
+    process 0), 128 + n if signal n ended it, and with 0 if none did.
+    """
+    settings = job.Settings(command, processes, devices, elastic, restarts, grace)
+    try:
+        code = job.launch(settings)
+    except OSError as error:
+        job.say(f"cannot start {command[0]!r}: {error.strerror}")
+        code = 127 if isinstance(error, FileNotFoundError) else 126
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)

@@ -1,0 +1,234 @@
+"""Starts the processes of a job, passes signals on, and ends all of them."""
+
+import os
+import queue
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from localsgd_jax.launch import output
+
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# Below the range from which the kernel takes ports for outgoing connections.
+PORTS = range(20000, 32768)
+LAST_WORDS = 1.0
+# All processes join the group of this one, which outlives the launcher by a moment:
+# when nobody holds the other end of its pipe any more, it kills the group.
+GUARD = """
+import os, signal
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_IGN)
+os.write(1, b"!")
+os.read(0, 1)
+os.killpg(0, signal.SIGKILL)
+"""
+
+
+class Settings(NamedTuple):
+    """How a job runs.
+
+    Attributes:
+      command: program and arguments.
+      processes: how many.
+      devices: CPU devices or accelerators of each.
+      elastic: whether the others go on when one fails that is not process 0.
+      restarts: how often a job that failed is started again.
+      grace: seconds from a signal that asks to one that kills.
+    """
+
+    command: Sequence[str]
+    processes: int
+    devices: int
+    elastic: bool
+    restarts: int
+    grace: float
+
+
+def launch(settings: Settings) -> int:
+    """Runs a job, again if it fails and may be restarted.
+
+    Args:
+      settings: how.
+
+    Returns:
+      0, or the exit code of the process that failed first (in an elastic job that of
+      process 0), as a shell gives it: 128 + n for signal n.
+
+    Raises:
+      OSError: if the program cannot be started.
+    """
+    code = 0
+    for turn in range(settings.restarts + 1):
+        if turn:
+            say(f"restart {turn} of {settings.restarts} after exit code {code}")
+        run = Run(settings, turn)
+        code = run.to_the_end()
+        if code == 0 or run.asked:
+            break
+    return code
+
+
+class Run:
+    """The processes of a job from one start to the end of the last of them."""
+
+    def __init__(self, settings: Settings, turn: int) -> None:
+        """Starts nothing yet."""
+        self.settings, self.turn = settings, turn
+        self.events: queue.SimpleQueue = queue.SimpleQueue()
+        self.planned: list[tuple[float, int]] = []
+        self.asked, self.code = False, 0
+
+    def to_the_end(self) -> int:
+        """Starts all processes and waits for them; returns the exit code of the job."""
+        self.guard = _guard()
+        before = {number: signal.signal(number, self._pass_on) for number in FORWARDED}
+        try:
+            self._follow(self._start())
+        finally:
+            self._signal(signal.SIGKILL)
+            self.guard.wait()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        return self.code
+
+    def _start(self) -> list[subprocess.Popen]:
+        """Starts the processes in the group of the guard."""
+        port = free_port()
+        shared = {
+            "LOCALSGD_COORDINATOR": f"127.0.0.1:{port}",
+            "LOCALSGD_PROCESSES": str(self.settings.processes),
+            "LOCALSGD_JOB": f"{os.getpid()}-{self.turn}",
+            "LOCALSGD_RESTARTS": str(self.turn),
+            "JAX_NUM_CPU_DEVICES": str(self.settings.devices),
+            "PYTHONUNBUFFERED": "1",
+            "NPROC": os.environ.get("NPROC", _threads(self.settings.devices)),
+        }
+        return [
+            subprocess.Popen(
+                self.settings.command,
+                env=os.environ | shared | _own(number, self.settings.devices),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                process_group=self.guard.pid,
+            )
+            for number in range(self.settings.processes)
+        ]
+
+    def _follow(self, started: list[subprocess.Popen]) -> None:
+        """Copies output and waits until every process has ended."""
+        copiers = [
+            output.copy(source, sink, f"[{number}] ", self.events)
+            for number, one in enumerate(started)
+            for source, sink in ((one.stdout, sys.stdout), (one.stderr, sys.stderr))
+        ]
+        for number, one in enumerate(started):
+            threading.Thread(
+                target=lambda n=number, p=one: self.events.put((n, p.wait())),
+                daemon=True,
+            ).start()
+        running = set(range(len(started)))
+        while running:
+            number, code = self._next()
+            running.discard(number)
+            if code:
+                self._failed(number, 128 - code if code < 0 else code, bool(running))
+        for copier in copiers:
+            # A process that left the group may hold a pipe for ever.
+            copier.join(timeout=2)
+
+    def _next(self) -> tuple[int | None, int]:
+        """Waits for the end of a process; sends signals whose time has come."""
+        while True:
+            left = None
+            if self.planned:
+                left = max(self.planned[0][0] - time.monotonic(), 0)
+            try:
+                return self.events.get(timeout=left)
+            except queue.Empty:
+                self._signal(self.planned.pop(0)[1])
+
+    def _failed(self, number: int | None, code: int, others: bool) -> None:
+        """Notes the code of the job, and ends the other processes if they must."""
+        matters = not self.settings.elastic or number in (0, None)
+        if matters and not self.code:
+            self.code = code
+        if self.planned:
+            return
+        end = matters and others
+        if number is not None:
+            say(f"process {number} ended with {code}" + "; ending the others" * end)
+        if end:
+            # What failed there may have failed here, too, and is worth reading.
+            self._end(signal.SIGTERM, LAST_WORDS)
+
+    def _pass_on(self, number: int, frame: object) -> None:
+        """Passes a signal on; kills at the second one."""
+        self._end(signal.SIGKILL if self.asked else number)
+        self.asked = True
+
+    def _end(self, number: int, pause: float = 0) -> None:
+        """Asks all processes to end, after a pause, and kills them later."""
+        now = time.monotonic() + pause
+        self.planned = [(now, number), (now + self.settings.grace, signal.SIGKILL)]
+        self.events.put((None, 0))  # Wakes up the one who waits.
+
+    def _signal(self, number: int) -> None:
+        """Sends a signal to the group."""
+        try:
+            os.killpg(self.guard.pid, number)
+        except ProcessLookupError:
+            pass
+
+
+def say(text: str) -> None:
+    """Writes a line of the launcher's own.
+
+    Args:
+      text: what.
+    """
+    print(f"localsgd launch: {text}", file=sys.stderr, flush=True)
+
+
+def free_port() -> int:
+    """Returns a port of this machine that nobody listens at now."""
+    while True:
+        port = random.SystemRandom().choice(PORTS)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+
+
+def _guard() -> subprocess.Popen:
+    """Starts the process in whose group all others are."""
+    guard = subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", GUARD],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        process_group=0,
+    )
+    guard.stdout.read(1)
+    return guard
+
+
+def _own(number: int, devices: int) -> dict[str, str]:
+    """Returns the variables in which one process differs from the others."""
+    first = number * devices
+    return {
+        "LOCALSGD_PROCESS": str(number),
+        "JAX_LOCAL_DEVICE_IDS": ",".join(map(str, range(first, first + devices))),
+    }
+
+
+def _threads(devices: int) -> str:
+    """Returns how many threads keep JAX 0.10 and 0.11 from starving on CPUs."""
+    return str(max(os.cpu_count() or 1, 2 * devices, 8))

@@ -1,0 +1,150 @@
+"""Rounds of one process's own: the numbers of the whole, and no copies."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from apart_process import RULES, WORKERS, algorithm, batches, start
+
+import localsgd_jax as lsgd
+from localsgd_jax.apart import _moved, _Part, apart, catch_up, in_background
+from localsgd_jax.placement import among
+
+HERE = pathlib.Path(__file__).parent
+
+
+def run(script, processes):
+    """Runs the processes; returns what each has printed, in their order."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{probe.getsockname()[1]}"
+    command = [sys.executable, script, coordinator, str(processes)]
+    started = [
+        subprocess.Popen(
+            [*command, str(process)],
+            cwd=HERE,
+            env=os.environ | {"PYTHONPATH": str(HERE.parent)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for process in range(processes)
+    ]
+    try:
+        ended = [one.communicate(timeout=120) for one in started]
+    finally:
+        for one in started:
+            one.kill()
+    lines = [line for out, _ in ended for line in out.splitlines() if line[:1] == "{"]
+    assert len(lines) == processes, [err[-2000:] for _, err in ended]
+    return [json.loads(line) for line in lines]
+
+
+def expected(rule, manner):
+    """What all workers have, computed on one device by the rules themselves."""
+    if manner == "beside":
+        rule = {name: lsgd.overlap(part) for name, part in as_fields(rule).items()}
+    cluster = lsgd.simulate(algorithm(rule), WORKERS)
+    state = cluster.init(start())
+    if manner == "beside":
+        # The rule agrees on the start at first, which changes nothing but its count.
+        state = state._replace(round=state.round - 1)
+    for stacked in batches()[: 1 if manner == "weighed" else None]:
+        for batch in stacked:
+            state, _ = cluster.step(state, batch)
+        weight = np.repeat([1.0, 2.0], WORKERS // 2) if manner == "weighed" else None
+        state = cluster.sync(state, weight)
+    return state
+
+
+def as_fields(rule):
+    return rule if isinstance(rule, dict) else {"params": rule}
+
+
+@pytest.fixture(scope="module")
+def found():
+    return run("apart_process.py", 2)
+
+
+@pytest.mark.parametrize("manner", ["in_turn", "beside", "weighed"])
+@pytest.mark.parametrize("rule", RULES)
+def test_processes_apart_have_the_numbers_of_the_whole(found, rule, manner):
+    there = expected(RULES[rule](), manner).workers.params
+    for name in there:
+        rows = np.concatenate([row[f"{rule} {manner}"][name] for row in found])
+        np.testing.assert_allclose(rows, there[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_process_knows_the_mean(found, rule):
+    there = lsgd.consensus(expected(RULES[rule](), "weighed"))
+    for row in found:
+        for name, value in there.items():
+            np.testing.assert_allclose(
+                row[f"{rule} mean"][name], value, rtol=1e-5, atol=1e-6
+            )
+
+
+def mesh(devices):
+    return jax.make_mesh((devices,), ("worker",), devices=jax.devices()[:devices])
+
+
+def test_the_whole_is_made_of_the_pieces_without_a_copy():
+    cluster = lsgd.on_mesh(algorithm(lsgd.average()), mesh(4), 8)
+    part = _Part(mesh(4), cluster, ("worker",))
+    state = cluster.init(start())
+    whole = _moved(part, state)
+    for one, other in zip(*map(jax.tree.leaves, (state, whole)), strict=True):
+        assert one is not other
+        for mine, yours in zip(
+            one.addressable_shards, other.addressable_shards, strict=True
+        ):
+            assert (
+                mine.data.unsafe_buffer_pointer() == yours.data.unsafe_buffer_pointer()
+            )
+
+
+def test_a_process_holds_whole_places():
+    with pytest.raises(ValueError, match="no place of .* has all its devices among"):
+        among(mesh(4), [])
+
+
+def test_what_fails_in_the_background_is_raised_where_it_is_asked_for():
+    with pytest.raises(ZeroDivisionError):
+        in_background(lambda: 1 / 0).result(timeout=10)
+
+
+def test_nothing_is_waited_for_longer_than_allowed():
+    with pytest.raises(TimeoutError):
+        in_background(threading.Event().wait, 30).result(timeout=0.05)
+
+
+def test_what_was_not_agreed_on_is_as_it_is_now():
+    """Bits, integers and keys: no rounding by (a − s) + s."""
+    state = lsgd.simulate(algorithm(lsgd.average()), 2).init(start())
+    now = jax.tree.map(lambda x: x + jnp.asarray(0.1, x.dtype), state)
+    after = catch_up(state, now, state)
+    for one, other in zip(
+        jax.tree.leaves(after.workers), jax.tree.leaves(now.workers), strict=True
+    ):
+        assert (one == other).all()
+
+
+def test_a_process_starts_its_workers_as_the_whole_does():
+    key = jax.random.key(3)
+    made = lsgd.from_train_step(lambda s, b: (s, {}), rule=lsgd.diloco())
+    params = {"params": jnp.arange(3.0), "key": key}
+    mine = apart(made, mesh(4), 8).init(params)
+    whole = lsgd.on_mesh(made, mesh(4), 8).init(params)
+    assert jax.tree.structure(mine) == jax.tree.structure(whole)
+    for one, other in zip(*map(jax.tree.leaves, (mine, whole)), strict=True):
+        assert one.sharding.is_equivalent_to(other.sharding, one.ndim)
+        assert (one == other).all()

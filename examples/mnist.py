@@ -20,6 +20,7 @@ are
 """
 
 import argparse
+import functools
 import itertools
 import os
 import pathlib
@@ -157,7 +158,7 @@ def run(
         }
 
     algorithm, start = from_linen(train_step, start, lsgd.average())
-    cluster = lsgd.on_mesh(algorithm, worker_mesh(workers), workers)
+    cluster = lsgd.on_mesh(algorithm, lsgd.worker_mesh(workers), workers)
     batches = lsgd.deal(train, workers=workers, batch=batch // workers, seed=seed)
     if alpha:
         shards = lsgd.dirichlet(train.digits, workers, alpha, seed=seed)
@@ -192,12 +193,6 @@ def draw(rows: list[dict], path: str) -> None:
     figure.savefig(path, format="png")
 
 
-def worker_mesh(workers: int) -> jax.sharding.Mesh:
-    """Makes a mesh of as many devices as divide the workers evenly."""
-    places = max(n for n in range(1, jax.device_count() + 1) if workers % n == 0)
-    return jax.make_mesh((places,), ("worker",), devices=jax.devices()[:places])
-
-
 def main(arguments: list[str] | None = None) -> list[dict]:
     """Trains every combination and prints its row."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -207,9 +202,12 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     parser.add_argument("--alphas", type=float, nargs="+", default=[None])
     parser.add_argument("--figure", help="PNG of accuracy against H, a curve per alpha")
     options = parser.parse_args(arguments)
+    lsgd.initialize(config=vars(options))  # Processes of `localsgd launch`, if any.
+    first = jax.process_index() == 0
+    say = functools.partial(print, flush=True) if first else lambda line: None
     train, test = load()
     rows = []
-    print(
+    say(
         f"{'alpha':>6}{'K':>3}{'H':>4}{'rounds':>8}{'MB':>8}{'accuracy':>10}"
         f"{'seconds':>9}"
     )
@@ -225,13 +223,12 @@ def main(arguments: list[str] | None = None) -> list[dict]:
             epochs=options.epochs,
         )
         rows.append(row | {"alpha": alpha, "workers": workers, "period": period})
-        print(
+        say(
             f"{alpha or '-':>6}{workers:>3}{period:>4}{int(row['round']):>8}"
             f"{row['bytes'] / 1e6:>8.1f}{row['accuracy']:>10.4f}"
-            f"{time.perf_counter() - began:>9.1f}",
-            flush=True,
+            f"{time.perf_counter() - began:>9.1f}"
         )
-    if options.figure:
+    if first and options.figure:
         draw(rows, options.figure)
     return rows
 

@@ -10,6 +10,7 @@ agree, 0.57 of a worker's parameters, and the losses of both runs differ by less
 """
 
 import argparse
+import functools
 import os
 from typing import NamedTuple
 
@@ -67,10 +68,7 @@ def run(
     batch: int = 8,
 ) -> Outcome:
     """Trains once, each worker over so many devices."""
-    count = workers * shards
-    mesh = jax.make_mesh(
-        (workers, shards), ("worker", "model"), devices=jax.devices()[:count]
-    )
+    mesh = lsgd.worker_mesh(workers, within={"model": shards})
     model = Gpt(rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, make_optimizer("adamw", steps), wrt=nnx.Param)
     algorithm, start = from_nnx(train_step, model, optimizer, lsgd.average())
@@ -101,6 +99,10 @@ def main(arguments: list[str] | None = None) -> list[Outcome]:
     parser.add_argument("--steps", type=int, default=96)
     parser.add_argument("--period", type=int, default=8)
     options = parser.parse_args(arguments)
+    if lsgd.initialize(config=vars(options)) == 1:  # Not from `localsgd launch`.
+        jax.config.update("jax_num_cpu_devices", 8)
+    first = jax.process_index() == 0
+    say = functools.partial(print, flush=True) if first else lambda line: None
     train, _ = load(options.data, length=64)
     outcomes = []
     for shards in (options.shards, 1):
@@ -112,16 +114,14 @@ def main(arguments: list[str] | None = None) -> list[Outcome]:
             period=options.period,
         )
         outcomes.append(outcome)
-        print(
+        say(
             f"{options.workers} workers of {shards}: {outcome.share:.2f} of a worker "
-            f"on a device, {outcome.losses[-1]:.4f} bits per byte",
-            flush=True,
+            f"on a device, {outcome.losses[-1]:.4f} bits per byte"
         )
     apart = np.abs(outcomes[0].losses - outcomes[1].losses).max()
-    print(f"largest difference between the losses of a round: {apart:.1e}")
+    say(f"largest difference between the losses of a round: {apart:.1e}")
     return outcomes
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_num_cpu_devices", 8)
     main()

@@ -11,6 +11,7 @@ FILE` takes another text, `--post-local 128` agrees at every step until step 128
 """
 
 import argparse
+import functools
 import math
 import os
 import pathlib
@@ -154,7 +155,7 @@ def run(
     model = Gpt(depth=depth, rngs=nnx.Rngs(0))
     inner = nnx.Optimizer(model, make_optimizer(optimizer, steps), wrt=nnx.Param)
     algorithm, start = from_nnx(train_step, model, inner, lsgd.average())
-    cluster = lsgd.on_mesh(algorithm, worker_mesh(workers), workers)
+    cluster = lsgd.on_mesh(algorithm, lsgd.worker_mesh(workers), workers)
     graph, _ = nnx.split(model)
 
     @jax.jit
@@ -174,12 +175,6 @@ def run(
     )
     into_nnx(lsgd.consensus(state, None), model)
     return model, history
-
-
-def worker_mesh(workers: int) -> jax.sharding.Mesh:
-    """Makes a mesh of as many devices as divide the workers evenly."""
-    places = max(n for n in range(1, jax.device_count() + 1) if workers % n == 0)
-    return jax.make_mesh((places,), ("worker",), devices=jax.devices()[:places])
 
 
 def sample(model: Gpt, prompt: str, length: int, context: int, seed: int = 0) -> str:
@@ -235,9 +230,12 @@ def main(arguments: list[str] | None = None) -> dict[str, dict]:
     parser.add_argument("--optimizer", choices=["adamw", "sgd"], default="adamw")
     parser.add_argument("--figure", default="text.png")
     options = parser.parse_args(arguments)
+    lsgd.initialize(config=vars(options))  # Processes of `localsgd launch`, if any.
+    first = jax.process_index() == 0
+    say = functools.partial(print, flush=True) if first else lambda line: None
     train, test = load(options.data, options.context)
     curves = {}
-    print(f"{'schedule':>20}{'rounds':>8}{'MB':>9}{'bits/byte':>11}{'seconds':>9}")
+    say(f"{'schedule':>20}{'rounds':>8}{'MB':>9}{'bits/byte':>11}{'seconds':>9}")
     for period in options.periods:
         schedule = lsgd.every(period)
         if options.post_local:
@@ -254,14 +252,14 @@ def main(arguments: list[str] | None = None) -> dict[str, dict]:
             depth=options.depth,
         )
         curves[schedule.name] = history
-        print(
+        say(
             f"{schedule.name:>20}{int(history['round'][-1]):>8}"
             f"{history['bytes'][-1] / 1e6:>9.1f}{history['test'][-1]:>11.3f}"
-            f"{time.perf_counter() - began:>9.1f}",
-            flush=True,
+            f"{time.perf_counter() - began:>9.1f}"
         )
-    draw(curves, options.figure)
-    print(sample(model, "The statement ", 300, options.context))
+    if first:
+        draw(curves, options.figure)
+        say(sample(model, "The statement ", 300, options.context))
     return curves
 
 

@@ -9,6 +9,12 @@ def main() -> None:
         from localsgd_jax.cli import cli
 
         cli(prog_name="localsgd")
+    except SystemExit as end:
+        if end.code:
+            from localsgd_jax.distributed import leave
+
+            leave(end.code if isinstance(end.code, int) else 1)
+        raise
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in _EXTRA:
             raise

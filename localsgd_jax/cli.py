@@ -160,7 +160,8 @@ def train(as_json: bool, **options) -> None:
             f"the loss is not finite at step {error.step} for the workers "
             f"{error.workers}; the history so far is in {job.directory}"
         ) from None
-    click.echo(json.dumps(result, indent=2) if as_json else summary(result))
+    if result:
+        click.echo(json.dumps(result, indent=2) if as_json else summary(result))
 
 
 cli.add_command(audit)

@@ -127,7 +127,7 @@ def initialize(
             f"initialize(): JAX cannot serve on {door} or reach {place.coordinator}: "
             f"{reason}"
         ) from error
-    _leave_on_errors(place.process)
+    _leave_on_errors()
     return place.processes
 
 
@@ -153,6 +153,23 @@ def own_workers(cluster: Cluster) -> np.ndarray:
     """
     row = cluster.put(jax.ShapeDtypeStruct((cluster.workers,), np.float32))
     return own_rows(row.sharding, cluster.workers)
+
+
+def leave(code: int) -> None:
+    """Ends a process that has failed, if it is one of several.
+
+    `sys.exit` would wait for the others at the door, until JAX kills them all.
+
+    Args:
+      code: for whoever started the process.
+    """
+    if not jax.distributed.is_initialized():
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if jax.process_index() == 0:
+        time.sleep(LAST_WORDS)
+    os._exit(code)
 
 
 def _place(
@@ -238,18 +255,14 @@ def version(package: str) -> str:
         return "not installed"
 
 
-def _leave_on_errors(process: int) -> None:
+def _leave_on_errors() -> None:
     """Makes an exception that nobody catches end the process at once."""
     before = sys.excepthook
 
-    def leave(
+    def hook(
         kind: type[BaseException], error: BaseException, trace: TracebackType | None
     ) -> None:
         before(kind, error, trace)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        if process == 0:
-            time.sleep(LAST_WORDS)
-        os._exit(130 if issubclass(kind, KeyboardInterrupt) else 1)
+        leave(130 if issubclass(kind, KeyboardInterrupt) else 1)
 
-    sys.excepthook = leave
+    sys.excepthook = hook

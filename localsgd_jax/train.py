@@ -91,12 +91,10 @@ def train(
       (array([2, 4, 5]), array([ 4,  8, 12]))
     """
     schedule = every if callable(every) else schedules.every(every)
-    checks.integer("train(evaluate_every)", "evaluate_every", evaluate_every, 1)
-    look_every = evaluate_every if evaluate else math.inf
-    checks.integer("train(chunk)", "chunk", chunk, 1)
-    checks.integer("train(save_every)", "save_every", save_every, 1)
+    _check(evaluate_every=evaluate_every, chunk=chunk, save_every=save_every)
     if steps is not None:
         checks.integer("train(steps)", "steps", steps, 0)
+    look_every = evaluate_every if evaluate else math.inf
     run = _dispatcher(cluster, weight)
     journal = Journal(cluster, state, evaluate, field, record)
     queue = Queue(itertools.islice(batches, steps), cluster.put, chunk)
@@ -104,9 +102,8 @@ def train(
     # Counted from the first round of all, so that a run that was interrupted looks,
     # saves and cuts its dispatches where it would have done without.
     until_look = look_every - journal.round % look_every
-    if len(journal.holders) > 1:
-        settings = (schedule, steps, weight, look_every, save and save_every, chunk)
-        _compare(cluster, state, queue, journal, settings)
+    told = (schedule, steps, weight, look_every, save and save_every, chunk)
+    _compare(cluster, state, queue, journal, told)
     with open_bar(journal.leads and progress, steps, batches) as journal.bar:
         while limit := queue.ready():
             if save:
@@ -137,6 +134,12 @@ def train(
     if save and examples:
         save(state, examples)
     return state, journal.history()
+
+
+def _check(**numbers: int) -> None:
+    """Refuses arguments below 1."""
+    for name, value in numbers.items():
+        checks.integer(f"train({name})", name, value, 1)
 
 
 class Segment(NamedTuple):
@@ -230,6 +233,8 @@ def _compare(
     cluster: Cluster, state: State, queue: Queue, journal: Journal, settings: tuple
 ) -> None:
     """Makes sure that all processes are about to do the same."""
+    if len(journal.holders) == 1:
+        return
     batch = cluster.put(queue.held[0][1]) if queue.ready() else None
     names = ("every", "steps", "weight", "evaluate_every", "save_every", "chunk")
     programs = {

@@ -4,6 +4,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from localsgd_jax import meshes
+
 MOST_CPUS = 8
 
 
@@ -11,7 +13,8 @@ def worker_mesh(workers: int, devices: int | None = None) -> Mesh:
     """Makes a mesh of devices over which the workers can be spread.
 
     CPU devices are made on demand, so this comes before anything else of JAX; where
-    JAX runs already, those that it has are used.
+    JAX runs already, those that it has are used. Several processes use what each was
+    given, as evenly as K allows.
 
     Args:
       workers: K.
@@ -24,6 +27,12 @@ def worker_mesh(workers: int, devices: int | None = None) -> Mesh:
     Raises:
       ValueError: if K is not a multiple of the devices, or there are fewer devices.
     """
+    if jax.distributed.is_initialized():
+        if devices is not None:
+            raise ValueError(
+                f"--devices: processes have theirs from the launcher, got {devices}"
+            )
+        return meshes.worker_mesh(workers)
     if devices is not None and workers % devices:
         raise ValueError(
             f"--workers must be a multiple of the {devices} devices, got {workers}"

@@ -5,10 +5,17 @@ from collections.abc import Iterator
 
 import click
 
+from localsgd_jax.agreement import JobError
+
 
 @contextlib.contextmanager
 def one_line(
-    kinds: tuple[type[Exception], ...] = (ValueError, TypeError, OSError),
+    kinds: tuple[type[Exception], ...] = (
+        ValueError,
+        TypeError,
+        OSError,
+        JobError,
+    ),
 ) -> Iterator[None]:
     """Turns errors into one line, those that input can cause.
 

@@ -5,6 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
+
+from localsgd_jax import distributed
 from localsgd_jax.experiments import (
     choices,
     datasets,
@@ -74,9 +77,11 @@ def prepare(options: Options) -> Job:
     Raises:
       ValueError: if something does not fit.
       OSError: if the data cannot be had, or the directory exists.
+      JobError: if it runs in several processes that do not fit together.
     """
     if options.out is not None:
         run_directory.refuse_existing(Path(options.out))
+    distributed.initialize(config=options._asdict())
     mesh = devices.worker_mesh(options.workers, options.devices)
     dataset = datasets.load(options.data)
     _check_batch(dataset, options)
@@ -102,20 +107,24 @@ def prepare(options: Options) -> Job:
     return Job(problem, plan, config, directory)
 
 
-def execute(job: Job, advance: Callable) -> dict:
-    """Trains and fills the directory.
+def execute(job: Job, advance: Callable) -> dict | None:
+    """Trains and fills the directory, once where there are several processes.
 
     Args:
       job: from `prepare`.
       advance: called without arguments for each step that is loaded.
 
     Returns:
-      What `--json` prints: the config and the last row of the history.
+      What `--json` prints: the config and the last row of the history; None in all
+      processes but the first.
 
     Raises:
       NonFiniteLossError: if a loss is not finite; the history so far is saved.
       OSError: if something cannot be written.
     """
+    if jax.process_index() != 0:
+        run(job.problem, job.plan, lambda row: None, advance)
+        return None
     run_directory.create(job.directory, job.config)
     rows = []
 

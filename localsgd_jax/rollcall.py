@@ -64,27 +64,18 @@ def attend(address: str, facts: Mapping, process: int, timeout: float) -> None:
     Raises:
       JobError: if process 0 is not there, is of another job, or facts differ.
     """
-    deadline = time.monotonic() + timeout
-    while True:
+    with _connected(address, process, timeout) as line:
+        line.settimeout(timeout + PATIENCE)
+        _send(line, {"process": process, "facts": facts})
         try:
-            with socket.create_connection(split(address), PATIENCE) as line:
-                line.settimeout(timeout + PATIENCE)
-                _send(line, {"process": process, "facts": facts})
-                answer = _receive(line)
-            break
-        except OSError as error:
-            if time.monotonic() > deadline:
-                raise JobError(
-                    f"initialize(): process {process} found no process 0 at {address} "
-                    f"within {timeout:g} s ({error}); it came too late, has another "
-                    "address, or process 0 has failed"
-                ) from None
-            time.sleep(0.1)
+            answer = _receive(line)
+        except OSError:
+            answer = None
     if answer is None or "verdict" not in answer:
         raise JobError(
             f"initialize(): {address} does not answer process {process} as a process 0 "
             "that waits would: it belongs to a job that has begun without this "
-            "process, to another job or to another program"
+            "process, to another program, or process 0 has failed"
         )
     if answer["verdict"]:
         raise JobError(f"initialize(): {answer['verdict']}")
@@ -98,6 +89,22 @@ def split(address: str) -> tuple[str, int]:
             f"initialize(coordinator): it must be HOST:PORT, got {address!r}"
         )
     return host.strip("[]"), int(port)
+
+
+def _connected(address: str, process: int, timeout: float) -> socket.socket:
+    """Connects to process 0 as soon as it listens."""
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            return socket.create_connection(split(address), PATIENCE)
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise JobError(
+                    f"initialize(): process {process} found no process 0 at {address} "
+                    f"within {timeout:g} s ({error}); it came too late, has another "
+                    "address, or process 0 has failed"
+                ) from None
+            time.sleep(0.1)
 
 
 def _listener(bind: str) -> socket.socket:

@@ -78,3 +78,17 @@ def test_bad_input(arguments, message):
     arguments = {"data": np.arange(10), "workers": 3, "batch": 2} | arguments
     with pytest.raises(ValueError, match=message):
         lsgd.deal(**arguments)
+
+
+def test_only_some_workers_are_dealt_their_own():
+    data = np.arange(24)
+    whole = lsgd.deal(data, workers=4, batch=2)
+    part = lsgd.deal(data, workers=4, batch=2, only=[1, 3])
+    for _ in range(5):
+        np.testing.assert_array_equal(next(part), next(whole)[[1, 3]])
+
+
+@pytest.mark.parametrize("only", [[], [4], [-1], [[0]]])
+def test_workers_that_are_not_there_get_nothing(only):
+    with pytest.raises(ValueError, match=r"deal\(only\): at least one of the workers"):
+        lsgd.deal(np.arange(24), workers=4, batch=2, only=only)

@@ -112,3 +112,13 @@ def test_seeds_differ():
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_only_some_workers_are_dealt_their_own():
+    shards = [np.arange(3), np.arange(3, 9), np.arange(9, 12)]
+    whole = lsgd.deal_shards(np.arange(12), shards, 2)
+    part = lsgd.deal_shards(np.arange(12), shards, 2, only=[2, 0])
+    for _ in range(5):
+        np.testing.assert_array_equal(next(part), next(whole)[[2, 0]])
+    with pytest.raises(ValueError, match=r"deal_shards\(only\): at least one of"):
+        lsgd.deal_shards(np.arange(12), shards, 2, only=[3])

@@ -298,10 +298,10 @@ def test_the_host_reads_ahead_while_devices_compute(monkeypatch):
     verbs = cluster("simulate", "average")
     log, read = [], Journal.read
 
-    def watched(self, computed, state):
+    def watched(self, computed, state, last=False):
         if computed is not None:
             log.append("metrics")
-        read(self, computed, state)
+        read(self, computed, state, last)
 
     monkeypatch.setattr(Journal, "read", watched)
     stream = (log.append("batch") or batch for batch in batches(12))

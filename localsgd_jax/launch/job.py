@@ -86,15 +86,14 @@ class Run:
 
     def to_the_end(self) -> int:
         """Starts all processes and waits for them; returns the exit code of the job."""
-        self.guard = _guard()
-        before = {number: signal.signal(number, self._pass_on) for number in FORWARDED}
-        try:
-            self._follow(self._start())
-        finally:
-            self._signal(signal.SIGKILL)
-            self.guard.wait()
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        with _guard() as self.guard:
+            before = {n: signal.signal(n, self._pass_on) for n in FORWARDED}
+            try:
+                self._follow(self._start())
+            finally:
+                self._signal(signal.SIGKILL)
+                for number, handler in before.items():
+                    signal.signal(number, handler)
         return self.code
 
     def _start(self) -> list[subprocess.Popen]:

@@ -28,11 +28,12 @@ def copy(
 
     def run() -> None:
         held = b""
-        while piece := source.read1(1 << 16):
-            *whole, held = _ENDS.split(held + piece)
-            if not write(whole):
-                return
-        write([held + b"\n"] if held else [])
+        with source:
+            while piece := source.read1(1 << 16):
+                *whole, held = _ENDS.split(held + piece)
+                if not write(whole):
+                    return
+            write([held + b"\n"] if held else [])
 
     def write(lines: list[bytes]) -> bool:
         text = b"".join(prefix.encode() + line for line in lines)

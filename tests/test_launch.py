@@ -1,0 +1,225 @@
+"""`localsgd launch` with real processes, signals and exit codes; no JAX in them."""
+
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from localsgd_jax.launch import job
+
+PYTHON = [sys.executable, "-I", "-S", "-c"]
+ME = "import os, sys, time, signal; me = int(os.environ['LOCALSGD_PROCESS'])\n"
+SLEEP = "time.sleep(60)\n"
+
+
+def launch(program, processes=2, **changes):
+    """Runs a program under the launcher in this process; returns the exit code."""
+    settings = job.Settings([*PYTHON, ME + program], processes, 1, False, 0, 5.0)
+    return job.launch(settings._replace(**changes))
+
+
+def start(program, *options):
+    """Starts the command in a process of its own, for signals."""
+    command = [sys.executable, "-m", "localsgd_jax", "launch", "-n", "2", *options]
+    return subprocess.Popen(
+        [*command, "--", *PYTHON, ME + program],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def first_lines(started, count):
+    return sorted(started.stdout.readline() for _ in range(count))
+
+
+def gone(pids, seconds=10):
+    """Waits until none of the processes is there any more."""
+    deadline = time.monotonic() + seconds
+    left = list(pids)
+    while left and time.monotonic() < deadline:
+        left = [pid for pid in left if pathlib.Path(f"/proc/{pid}").exists()]
+        time.sleep(0.02)
+    return not left
+
+
+def test_each_line_says_whose_it_is(capfd):
+    program = "print('out'); print('err', me, file=sys.stderr); sys.stdout.write('end')"
+    assert launch(program) == 0
+    out, err = capfd.readouterr()
+    assert sorted(out.splitlines()) == ["[0] end", "[0] out", "[1] end", "[1] out"]
+    assert sorted(err.splitlines()) == ["[0] err 0", "[1] err 1"]
+
+
+def test_a_progress_bar_moves(capfd):
+    program = (
+        r"sys.stdout.write('\r1/3\r2/3\r3/3\n'); sys.stdout.buffer.write(b'\xff\n')"
+    )
+    assert launch(program, processes=1) == 0
+    out = capfd.readouterr().out
+    assert out.count("[0] ") == 5 and "[0] 3/3" in out
+
+
+def test_every_process_knows_its_place(capfd, monkeypatch):
+    monkeypatch.delenv("NPROC", raising=False)
+    program = (
+        "names = ['LOCALSGD_PROCESSES', 'LOCALSGD_PROCESS', 'LOCALSGD_RESTARTS',"
+        "'JAX_NUM_CPU_DEVICES', 'JAX_LOCAL_DEVICE_IDS']\n"
+        "print(*[os.environ[name] for name in names], "
+        "int(os.environ['NPROC']) >= 2 * 8, os.environ['LOCALSGD_COORDINATOR'][:10])"
+    )
+    assert launch(program, devices=8) == 0
+    assert sorted(capfd.readouterr().out.splitlines()) == [
+        "[0] 2 0 0 8 0,1,2,3,4,5,6,7 True 127.0.0.1:",
+        "[1] 2 1 0 8 8,9,10,11,12,13,14,15 True 127.0.0.1:",
+    ]
+
+
+@pytest.mark.parametrize(
+    "end, code",
+    [
+        ("sys.exit(3)", 3),
+        ("os.kill(os.getpid(), signal.SIGKILL)", 137),
+        ("os.kill(os.getpid(), signal.SIGTERM)", 143),
+        ("os.abort()", 134),
+    ],
+)
+def test_one_that_fails_ends_all(capfd, end, code):
+    began = time.monotonic()
+    assert launch(f"if me == 1: {end}\n{SLEEP}", processes=3) == code
+    assert time.monotonic() - began < 30
+    err = capfd.readouterr().err
+    assert f"process 1 ended with {code}; ending the others" in err
+    assert err.count("ended with") == 1
+
+
+def test_the_others_may_say_what_went_wrong_there(capfd):
+    program = "time.sleep(me / 2)\nprint('broken', me)\nsys.exit(me + 3)"
+    assert launch(program) == 3
+    assert "[1] broken 1" in capfd.readouterr().out
+
+
+def test_who_does_not_listen_is_killed():
+    program = (
+        f"signal.signal(signal.SIGTERM, signal.SIG_IGN)\nif me: sys.exit(4)\n{SLEEP}"
+    )
+    assert launch(program, grace=0.2) == 4
+
+
+def test_elastic_jobs_outlive_a_process(capfd):
+    program = "if me == 1: sys.exit(5)\ntime.sleep(0.3 * (me + 1))\nprint('done')"
+    assert launch(program, processes=3, elastic=True) == 0
+    out, err = capfd.readouterr()
+    assert sorted(out.splitlines()) == ["[0] done", "[2] done"]
+    assert "process 1 ended with 5" in err and "ending the others" not in err
+
+
+def test_elastic_jobs_end_with_process_0():
+    assert launch(f"if me == 0: sys.exit(6)\n{SLEEP}", elastic=True) == 6
+
+
+def test_a_job_that_failed_starts_again(capfd):
+    program = (
+        "turn = int(os.environ['LOCALSGD_RESTARTS'])\n"
+        "print(turn, os.environ['LOCALSGD_COORDINATOR'], flush=True)\n"
+        "if turn < 2 and me == 0: os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"if turn < 2: {SLEEP}"
+    )
+    assert launch(program, elastic=True, restarts=3) == 0
+    out, err = capfd.readouterr()
+    lines = [line[4:] for line in sorted(out.splitlines())]
+    assert len(lines) == 6 and len(set(lines)) == 3, "each time another port"
+    assert "restart 2 of 3 after exit code 137" in err and "restart 3" not in err
+
+
+def test_restarts_come_to_an_end():
+    assert launch("sys.exit(9)", restarts=1) == 9
+
+
+def test_a_program_that_is_not_there():
+    started = subprocess.run(
+        [sys.executable, "-m", "localsgd_jax", "launch", "-n", "2", "--", "no-such"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert started.returncode == 127
+    assert started.stderr == (
+        "localsgd launch: cannot start 'no-such': No such file or directory\n"
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=str)
+def test_signals_are_passed_on(number):
+    program = (
+        "def end(number, frame): print('saved', number, flush=True); sys.exit(0)\n"
+        f"for n in (2, 15): signal.signal(n, end)\nprint('ready', flush=True)\n{SLEEP}"
+    )
+    with start(program) as started:
+        assert first_lines(started, 2) == ["[0] ready\n", "[1] ready\n"]
+        started.send_signal(number)
+        out, err = started.communicate(timeout=30)
+    assert sorted(out.splitlines()) == [f"[{i}] saved {int(number)}" for i in (0, 1)]
+    assert (started.returncode, err) == (0, "")
+
+
+def test_the_second_signal_kills():
+    program = (
+        f"signal.signal(2, lambda *_: None)\nprint('ready', flush=True)\n{2 * SLEEP}"
+    )
+    with start(program, "--restarts", "5") as started:
+        first_lines(started, 2)
+        started.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+        assert started.poll() is None
+        started.send_signal(signal.SIGINT)
+        started.communicate(timeout=30)
+    assert started.returncode == 137
+
+
+def test_no_orphans_when_the_launcher_is_killed():
+    """Nor grandchildren, and although they do not listen to signals."""
+    program = (
+        "import subprocess\n"
+        "for n in (1, 2, 15): signal.signal(n, signal.SIG_IGN)\n"
+        "child = subprocess.Popen(['sleep', '60'])\n"
+        f"print(os.getpid(), child.pid, flush=True)\n{SLEEP}"
+    )
+    with start(program) as started:
+        lines = first_lines(started, 2)
+        pids = [pid for line in lines for pid in line.split()[1:]]
+        assert len(pids) == 4 and not gone(pids, 0)
+        started.kill()
+        started.wait(10)
+        assert gone(pids)
+
+
+def test_no_orphans_when_a_program_leaves_some():
+    program = "import subprocess\nprint(subprocess.Popen(['sleep', '60']).pid)"
+    with start(program) as started:
+        pids = [
+            line.split()[1] for line in started.communicate(timeout=30)[0].splitlines()
+        ]
+    assert len(pids) == 2 and gone(pids) and started.returncode == 0
+
+
+def test_nobody_who_reads():
+    program = f"while True: print('x' * 1000, flush=True)\n{SLEEP}"
+    with start(program) as started:
+        started.stdout.read(2000)
+        started.stdout.close()
+        assert started.wait(30) == 128 + signal.SIGPIPE
+
+
+def test_help_shows_an_example():
+    from click.testing import CliRunner
+
+    from localsgd_jax.cli import cli
+
+    shown = CliRunner().invoke(cli, ["launch", "--help"]).output
+    assert "localsgd launch -n 4 -- python train.py" in shown
+    refused = CliRunner().invoke(cli, ["launch", "-n", "0", "--", "true"])
+    assert refused.exit_code and "0 is not in the range x>=1" in refused.output

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmarks import record
 
-NAMES = ("overhead", "scaling", "startup", "prediction")
+NAMES = ("overhead", "scaling", "startup", "prediction", "peers")
 
 
 def arguments() -> argparse.Namespace:

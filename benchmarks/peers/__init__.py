@@ -7,6 +7,7 @@ each, and twice as fast as DrJAX step by step on small models.
 """
 
 import tempfile
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -16,8 +17,8 @@ import numpy as np
 from benchmarks.peers import problem as problems
 from benchmarks.peers.contestants import (
     CONTESTANTS,
+    FUSED,
     LOCAL,
-    OURS,
     Contestant,
     Entrant,
     flat,
@@ -39,13 +40,20 @@ def run(devices: int, tiny: bool) -> list[dict]:
     ]
 
 
-def compare(problem: problems.Problem, tiny: bool) -> list[dict]:
-    """Times all that are installed, in turn, after a look at where they end."""
+def compare(
+    problem: problems.Problem,
+    tiny: bool,
+    contestants: Sequence[Contestant] = CONTESTANTS,
+) -> list[dict]:
+    """Times all that are installed, in turn, after a look at where they end.
+
+    Those given must include the library's fused rounds of local SGD.
+    """
     entrants: dict[Contestant, Entrant] = {}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         problems.save(problem, folder)
-        for one in CONTESTANTS:
+        for one in contestants:
             if all(map(installed, one.needs)):
                 entrants[one] = one.enter(problem, tiny, folder)
                 stack.callback(entrants[one].close)
@@ -55,7 +63,7 @@ def compare(problem: problems.Problem, tiny: bool) -> list[dict]:
             repeats=1 if tiny else 7,
             least=0 if tiny else 0.2,
         )
-    return [row(problem, one, times, differs) for one in CONTESTANTS]
+    return [row(problem, one, times, differs) for one in contestants]
 
 
 def differences(
@@ -103,13 +111,12 @@ def row(
         )
     return shown | {
         "us/step": 1e6 * times[one].median / problem.steps,
-        "over ours": ratio(times[one], times[reference(one.algorithm)]),
+        "over ours": ratio(times[one], times[reference(one.algorithm, times)]),
         "differs": differs[one],
     }
 
 
-def reference(algorithm: str) -> Contestant:
+def reference(algorithm: str, times: dict[Contestant, Times]) -> Contestant:
     """Returns the library's fused rounds of an algorithm; of local SGD for others."""
-    fused = [c for c in CONTESTANTS if c.package == OURS and c.name == "fused rounds"]
-    of = {one.algorithm: one for one in fused}
-    return of.get(algorithm, of[LOCAL])
+    fused = {one.algorithm: one for one in times if one.name == FUSED}
+    return fused.get(algorithm, fused[LOCAL])

@@ -14,7 +14,7 @@ from benchmarks.peers import in_jax
 from benchmarks.peers.crew import Crew
 from benchmarks.peers.problem import WORKERS, Problem
 
-OURS = "localsgd-jax"
+OURS, FUSED = "localsgd-jax", "fused rounds"
 LOCAL, DILOCO, EACH = "local SGD", "DiLoCo", "every step"
 SCRIPT = str(Path(__file__).parent / "torch_worker.py")
 
@@ -89,7 +89,7 @@ def ours(algorithm: str, name: str, make: Callable) -> Contestant:
 def _rounds(algorithm: str, rule: Callable, name: str) -> list[Contestant]:
     """The library's three ways; the first is what others are compared with."""
     return [
-        ours(algorithm, "fused rounds", lambda p: in_jax.fused(p, rule())),
+        ours(algorithm, FUSED, lambda p: in_jax.fused(p, rule())),
         ours(algorithm, "gated steps", lambda p: in_jax.gated(p, rule())),
         Contestant(algorithm, "two processes", OURS, (), partial(two_processes, name)),
     ]

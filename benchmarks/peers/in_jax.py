@@ -174,13 +174,15 @@ def drjax_rounds(problem: Problem) -> tuple[Callable, Callable]:
         change, losses = drjax.map_fn(local, (drjax.broadcast(server[0]), batches))
         return outer_update(outer, server, drjax.reduce_mean(change)), losses
 
-    def within(server, batches):
-        with jax.set_mesh(mesh):
-            return call(server, batches)
-
     call = jax.jit(one_round, donate_argnums=0)
     start = begin(problem, outer, mesh)
-    return going_on(within, start, batches, lambda server: server[0])
+    turn, look = going_on(call, start, batches, lambda server: server[0])
+
+    def within() -> None:
+        with jax.set_mesh(mesh):
+            turn()
+
+    return within, look
 
 
 def local_step(loss, optimizer, state, batch):

@@ -1,7 +1,8 @@
 """Runs measurements, each for each number of devices in a process of its own.
 
-    python -m benchmarks                    all of them
+    python -m benchmarks                    all that need but a CPU
     python -m benchmarks overhead --tiny    one, small enough to see that it works
+    python -m benchmarks accelerator        the one that needs a GPU or a TPU
 
 Writes NAME.json and NAME.txt into --out (default: benchmark-results).
 """
@@ -16,19 +17,24 @@ from pathlib import Path
 
 from benchmarks import record
 
-NAMES = ("overhead", "scaling", "startup", "prediction")
+NAMES = ("overhead", "scaling", "startup", "prediction", "peers")
+ACCELERATED = ("accelerator",)
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(NAMES))
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=", ".join(NAMES + ACCELERATED)
+    )
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("benchmark-results"))
     parser.add_argument("--devices", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
     for name in given.names:
-        if name not in NAMES:
-            parser.error(f"there is no measurement {name!r}; there are {NAMES}")
+        if name not in NAMES + ACCELERATED:
+            parser.error(
+                f"there is no measurement {name!r}; there are {NAMES + ACCELERATED}"
+            )
     return given
 
 
@@ -36,7 +42,8 @@ def here(name: str, devices: int, tiny: bool) -> None:
     """Runs one measurement in this process and prints its rows."""
     import jax
 
-    jax.config.update("jax_platforms", "cpu")
+    if tiny or name not in ACCELERATED:
+        jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", devices)
     rows = importlib.import_module(f"benchmarks.{name}").run(devices, tiny)
     print(json.dumps(rows))
@@ -47,13 +54,21 @@ def elsewhere(name: str, devices: int, tiny: bool) -> list[dict]:
     command = [sys.executable, "-m", "benchmarks", name, "--devices", str(devices)]
     done = subprocess.run(
         [*command, *(["--tiny"] if tiny else [])],
-        # JAX 0.10 and 0.11 starve with fewer threads.
-        env=os.environ | {"NPROC": "32"},
+        env=os.environ | {"NPROC": str(threads(devices))},
         stdout=subprocess.PIPE,
         text=True,
         check=True,
     )
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def threads(devices: int) -> int:
+    """Returns how many threads JAX gets.
+
+    With fewer than two for each device JAX 0.10 and 0.11 starve; with many more than
+    there are cores a small matrix product takes twice as long.
+    """
+    return max(2 * devices, len(os.sched_getaffinity(0)))
 
 
 def main() -> None:

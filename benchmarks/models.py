@@ -60,8 +60,12 @@ def gpt(
     vocabulary: int = 512,
     length: int = 64,
     batch: int = 1,
+    unroll: bool = False,
 ) -> Model:
-    """A decoder with tied embeddings: as it stands, ten million parameters."""
+    """A decoder with tied embeddings: as it stands, ten million parameters.
+
+    It works in the type of its parameters, and takes means and softmax in float32.
+    """
     rng = np.random.default_rng(0)
 
     def matrix(a, b):
@@ -80,7 +84,9 @@ def gpt(
     }
 
     def normal(x):
-        return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
+        wide = x.astype(jnp.float32)
+        size = jnp.mean(wide * wide, axis=-1, keepdims=True)
+        return (wide * jax.lax.rsqrt(size + 1e-6)).astype(x.dtype)
 
     def attend(x, block):
         q, k, v = jnp.split(normal(x) @ block["qkv"], 3, axis=-1)
@@ -93,8 +99,9 @@ def gpt(
 
     def loss(params, tokens):
         x = params["embedding"][tokens[:, :-1]] + params["position"][None]
-        x, _ = jax.lax.scan(attend, x, params["blocks"])
-        logits = jax.nn.log_softmax(normal(x) @ params["embedding"].T)
+        x, _ = jax.lax.scan(attend, x, params["blocks"], unroll=unroll)
+        logits = (normal(x) @ params["embedding"].T).astype(jnp.float32)
+        logits = jax.nn.log_softmax(logits)
         found = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)
         return -jnp.mean(found)
 

@@ -2,18 +2,25 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import NamedTuple
 
 import jax
 
 
 class Times(NamedTuple):
-    """Seconds of a contestant: the median, and the fastest and slowest run."""
+    """Seconds of a contestant: the median, the fastest and slowest run, and all."""
 
     median: float
     least: float
     most: float
+    runs: tuple[float, ...]
+
+
+def ratio(first: Times, second: Times) -> float:
+    """Returns the median over the repetitions of the ratio of two contestants."""
+    pairs = zip(first.runs, second.runs, strict=True)
+    return statistics.median(a / b for a, b in pairs)
 
 
 def once(call: Callable) -> float:
@@ -24,8 +31,8 @@ def once(call: Callable) -> float:
 
 
 def alternate(
-    contestants: Mapping[str, Callable], repeats: int = 5, least: float = 0.05
-) -> tuple[dict[str, Times], float]:
+    contestants: Mapping[Hashable, Callable], repeats: int = 5, least: float = 0.05
+) -> tuple[dict, float]:
     """Times contestants in turn, after one call each that does not count.
 
     A contestant that is faster than `least` seconds is called several times in a row.
@@ -39,16 +46,16 @@ def alternate(
         name: max(1, round(least / max(once(call), 1e-6)))
         for name, call in contestants.items()
     }
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    seconds: dict[Hashable, list[float]] = {name: [] for name in contestants}
     for _ in range(repeats):
         for name, call in contestants.items():
             began = time.perf_counter()
             for _ in range(counts[name]):
                 jax.block_until_ready(call())
             seconds[name].append((time.perf_counter() - began) / counts[name])
-    first, second, *_ = [*seconds.values()] * 2
-    ratio = statistics.median(a / b for a, b in zip(first, second, strict=True))
-    return {
-        name: Times(statistics.median(runs), min(runs), max(runs))
+    times = {
+        name: Times(statistics.median(runs), min(runs), max(runs), tuple(runs))
         for name, runs in seconds.items()
-    }, ratio
+    }
+    first, second, *_ = [*times.values()] * 2
+    return times, ratio(first, second)

@@ -6,12 +6,14 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import pytest
 
 HERE = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(HERE))
 
-from benchmarks import models, record, timing  # noqa: E402
+from benchmarks import accelerator, models, peers, record, timing  # noqa: E402
+from benchmarks.peers import contestants, crew, problem  # noqa: E402
 
 COLUMNS = {
     "overhead": {"devices", "model", "parameters", "round ms", "steps ms", "ratio"},
@@ -35,6 +37,109 @@ def test_a_tiny_version(name):
             assert all(x > 0 for x in row.values() if not isinstance(x, str))
         assert record.table(rows)
         assert module.__doc__.splitlines()[0].endswith(".")
+
+
+def compared(*names):
+    """Rows of a tiny comparison of the contestants that are named."""
+    chosen = [one for one in contestants.CONTESTANTS if one.name in names]
+    assert {one.name for one in chosen} == set(names)
+    return peers.compare(problem.make("logistic", tiny=True), True, chosen)
+
+
+def check_row(row):
+    columns = {"model", "algorithm", "contestant", "with"}
+    assert set(row) == columns | {"us/step", "over ours", "differs"}
+    assert row["us/step"] > 0 and row["over ours"] > 0
+    assert row["differs"] <= peers.TOLERANCE
+
+
+def test_the_library_beside_plain_jax():
+    rows = compared("fused rounds", "gated steps", "gated, H = 1", "data-parallel loop")
+    for row in rows:
+        check_row(row)
+    # The same algorithm in another order of sums, and not the same program twice.
+    assert 0 < rows[-1]["differs"]
+
+
+def test_the_library_in_two_processes():
+    for row in compared("fused rounds", "two processes"):
+        check_row(row)
+
+
+@pytest.mark.parametrize(
+    "one",
+    [one for one in contestants.CONTESTANTS if one.needs],
+    ids=lambda one: one.name,
+)
+def test_a_peer(one):
+    for package in one.needs:
+        if not contestants.installed(package):
+            pytest.skip(f"{package} is not installed: it is in the extra peers")
+    for row in compared("fused rounds", one.name):
+        check_row(row)
+
+
+def test_a_peer_that_is_not_installed_is_named():
+    missing = contestants.CONTESTANTS[0]._replace(name="someone", needs=("no-such",))
+    given = problem.make("logistic", tiny=True)
+    *_, row = peers.compare(given, True, [contestants.CONTESTANTS[0], missing])
+    assert row["contestant"] == "someone" and row["us/step"] == "not installed"
+
+
+def test_who_ends_elsewhere_is_refused():
+    first = contestants.CONTESTANTS[0]
+
+    def elsewhere(given, tiny, folder):
+        return first.enter(given._replace(rate=0.101), tiny, folder)
+
+    with pytest.raises(ValueError, match="^cheat: local SGD must end where"):
+        peers.compare(
+            problem.make("logistic", tiny=True),
+            True,
+            [first, first._replace(name="cheat", enter=elsewhere)],
+        )
+
+
+def test_a_process_that_ends_is_quoted():
+    with pytest.raises(RuntimeError, match="(?s)^rank 0 ended.*no good"):
+        crew.Crew(["-c", "raise SystemExit('no good')"], 1)
+
+
+def test_lanes_on_an_accelerator():
+    rows = accelerator.run(1, tiny=True)
+    assert [(row["K"], row["lanes"]) for row in rows] == [
+        (1, "vmap"),
+        (2, "vmap"),
+        (2, "map"),
+    ]
+    for row in rows:
+        assert set(row) == {"K", "lanes", "counted/formula", *accelerator.COLUMNS}
+        assert row["of peak"] == "unknown for cpu"
+        assert row["steps"] + row["sync"] == pytest.approx(1)
+        assert row["tokens/s"] > 0 and row["memory GB"] > 0
+    assert record.table(rows)
+
+
+def test_lanes_without_room_are_reported(monkeypatch):
+    def full(*args):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    monkeypatch.setattr(accelerator, "measure", full)
+    for row in accelerator.run(1, tiny=True):
+        assert row["tokens/s"] == "no room"
+
+
+def test_operations_by_formula_and_by_compiler():
+    shape = {"width": 128, "layers": 4, "heads": 4, "vocabulary": 512, "length": 64}
+    counted, formula = accelerator.by_compiler(shape), accelerator.by_formula(shape)
+    assert counted == pytest.approx(formula, rel=0.1)
+
+
+def test_the_batch_leaves_room_for_eight_lanes():
+    found = [accelerator.size(False, gib * 2**30).batch for gib in (139, 79, 40)]
+    assert found == [32, 16, 8]
+    largest = accelerator.size(False, 2**37)
+    assert all(largest.batch % workers == 0 for workers in largest.workers)
 
 
 def test_the_command_writes_what_it_shows(tmp_path):

@@ -14,7 +14,8 @@ from jax.sharding import PartitionSpec as P
 
 from localsgd_jax.base import Algorithm, Cluster, PyTree, State
 from localsgd_jax.consensus import consensus
-from localsgd_jax.placement import among, on_mesh, simulate
+from localsgd_jax.meshes import among
+from localsgd_jax.placement import on_mesh, simulate
 from localsgd_jax.trees import narrow, widen
 
 
@@ -35,7 +36,12 @@ class Apart(NamedTuple):
         has a row for each process. With `weigh` the first number of a note is the
         weight of each of its workers. Waits until it is done.
       mean: `mean(tree, devices=None) -> tree`; x̄ = (1/K) Σₖ xₖ of leaves `(K here,
-        ...)`, in the manner of `consensus` and with all who call it.
+        ...)`, in the manner of `consensus` and with the processes of those devices.
+      one: a cluster of one worker in this process, for the mean of all.
+      spread: `spread(state) -> state`; starts the workers here from a state of `one`.
+      sent: as in `Cluster`, by one of all workers.
+      first: number of the first worker here.
+      devices: of all processes, in the order of the mesh.
     """
 
     here: Cluster
@@ -44,6 +50,11 @@ class Apart(NamedTuple):
     round: Callable[[State, PyTree], tuple[State, PyTree]]
     agree: Callable[..., tuple[State, np.ndarray]]
     mean: Callable[..., PyTree]
+    one: Cluster
+    spread: Callable[[State], State]
+    sent: Callable[..., tuple[int, int]]
+    first: int
+    devices: tuple
 
 
 def apart(
@@ -62,7 +73,7 @@ def apart(
     - compute while a synchronisation travels (`in_background`, `catch_up`), also on
       CPUs, where nothing runs beside a collective within one program;
     - take fewer local steps than others;
-    - go on with the others that live when one has died (`elastic.train`).
+    - go on with the others that live when one has died (`resilient.train`).
 
     The state is that of the workers here. It becomes part of the whole, and the whole
     becomes the state again, without a copy.
@@ -116,6 +127,11 @@ def apart(
         programs.round,
         programs.agree,
         programs.mean,
+        simulate(algorithm, 1, axis=axes[-1]),
+        partial(_spread, here, first),
+        whole.sent,
+        first,
+        everyone,
     )
 
 
@@ -335,3 +351,32 @@ def _init(
         return everyone._replace(workers=rows(everyone.workers), own=rows(everyone.own))
 
     return jax.jit(start, out_shardings=_shardings(here.init(shapes)))(params)
+
+
+def _spread(here: _Part, first: int, one: State) -> State:
+    """Starts the workers here from one; each but the first of all gets keys of its own.
+
+    xₖ ← x
+    """
+    numbers = first + jnp.arange(here.cluster.workers)
+
+    def spread(x: jax.Array) -> jax.Array:
+        row = x[0]
+        if jnp.issubdtype(row.dtype, jax.dtypes.prng_key):
+            fold = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (None, 0))
+            keys = fold(row.reshape(-1), numbers).reshape(len(numbers), *row.shape)
+            mine = (numbers == 0).reshape(-1, *(1,) * row.ndim)
+            return jnp.where(mine, row, keys)
+        return jnp.broadcast_to(row, (len(numbers), *row.shape))
+
+    def start(one: State) -> State:
+        rows = partial(jax.tree.map, spread)
+        return one._replace(workers=rows(one.workers), own=rows(one.own))
+
+    split = NamedSharding(here.mesh, P(here.axes))
+    same = NamedSharding(here.mesh, P())
+    out = jax.tree.map(lambda x: same, one)._replace(
+        workers=jax.tree.map(lambda x: split, one.workers),
+        own=jax.tree.map(lambda x: split, one.own),
+    )
+    return jax.jit(start, out_shardings=out)(one)

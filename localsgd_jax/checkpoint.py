@@ -39,6 +39,7 @@ class Checkpoints:
         keep: int = 3,
         seed: int = 0,
         config: Mapping[str, Any] | None = None,
+        alone: bool = False,
     ) -> None:
         """Opens a directory, made if it is not there.
 
@@ -49,6 +50,8 @@ class Checkpoints:
           seed: of the data, as given to `deal`.
           config: what else must be the same when the run goes on, such as the name of
             the data set: numbers, strings, lists and dicts of them.
+          alone: whether this process reads and writes without the others, of whom some
+            may be dead; only process 0 may then save.
 
         Raises:
           ImportError: without orbax-checkpoint.
@@ -86,11 +89,12 @@ class Checkpoints:
             "config": json.loads(json.dumps(dict(config or {}))),
             "rule": describe(cluster.algorithm.sync),
         }
+        directory = os.path.abspath(directory)
+        self._alone = alone
+        if alone:
+            os.makedirs(directory, exist_ok=True)
         self._manager = self._orbax.CheckpointManager(
-            os.path.abspath(directory),
-            options=self._orbax.CheckpointManagerOptions(
-                max_to_keep=keep, cleanup_tmp_directories=True
-            ),
+            directory, options=_options(self._orbax, keep, alone)
         )
 
     def save(self, state: State, examples: int = 0) -> None:
@@ -116,8 +120,12 @@ class Checkpoints:
             "leaves": _describe_leaves(state),
         }
         args = self._orbax.args
-        leaves = args.StandardSave([_raw(leaf) for leaf in jax.tree.leaves(state)])
-        items = args.Composite(state=leaves, about=args.JsonSave(about))
+        raw = [_raw(leaf) for leaf in jax.tree.leaves(state)]
+        # Of several processes, Orbax takes from one alone what is in host memory only.
+        leaves = [np.asarray(leaf) for leaf in raw] if self._alone else raw
+        items = args.Composite(
+            state=args.StandardSave(leaves), about=args.JsonSave(about)
+        )
         self._manager.save(step, args=items)
 
     def restore(self, state: State, *, fresh: Iterable[str] = ()) -> tuple[State, int]:
@@ -222,6 +230,28 @@ def export(directory: str | os.PathLike, tree: PyTree) -> None:
     """
     with _orbax("export").StandardCheckpointer() as checkpointer:
         checkpointer.save(os.path.abspath(directory), tree)
+
+
+def _options(orbax: ModuleType, keep: int, alone: bool) -> Any:
+    """Returns how checkpoints are kept, and by whom."""
+    if not alone:
+        return orbax.CheckpointManagerOptions(
+            max_to_keep=keep, cleanup_tmp_directories=True
+        )
+    me = jax.process_index()
+    processes = orbax.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"alone{me}"
+    )
+    if me:
+        return orbax.CheckpointManagerOptions(
+            read_only=True, create=False, multiprocessing_options=processes
+        )
+    return orbax.CheckpointManagerOptions(
+        max_to_keep=keep,
+        cleanup_tmp_directories=True,
+        create=False,
+        multiprocessing_options=processes,
+    )
 
 
 def _raw(leaf: jax.Array) -> jax.Array:

@@ -137,9 +137,7 @@ class Journal:
 
     def _judge(self, model: PyTree) -> dict[str, float]:
         """Evaluates a model."""
-        values = self.evaluate(model)
-        values = values if isinstance(values, Mapping) else {"evaluation": values}
-        return {name: _number(name, x) for name, x in values.items()}
+        return as_numbers(self.evaluate(model))
 
     def history(self) -> History:
         """Returns the rows as columns."""
@@ -163,6 +161,19 @@ class Journal:
         self._write()
         workers = np.flatnonzero(~np.isfinite(loss)).tolist()
         raise NonFiniteLossError(self.step, workers, self.history(), state)
+
+
+def as_numbers(values: object) -> dict[str, float]:
+    """Returns what `evaluate` gave as floats by name.
+
+    Args:
+      values: a number, or a dict of numbers.
+
+    Returns:
+      The dict; one number is called "evaluation".
+    """
+    named = values if isinstance(values, Mapping) else {"evaluation": values}
+    return {name: _number(name, x) for name, x in named.items()}
 
 
 def _number(name: str, value: object) -> float:

@@ -2,7 +2,7 @@
 
 import collections
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -71,6 +71,41 @@ def worker_mesh(
         )
     kinds = (AxisType.Auto,) * grid.ndim
     return Mesh(grid, (axis, *inside), axis_types=kinds)
+
+
+def among(mesh: Mesh, devices: Iterable, axis: str | Sequence[str] = "worker") -> Mesh:
+    """Keeps the places of a mesh whose devices are all among those given.
+
+    Args:
+      mesh: any mesh.
+      devices: such as those of one process, or of all that are alive.
+      axis: the worker axis, or several; places go along the outermost.
+
+    Returns:
+      A mesh with the same axes.
+
+    Raises:
+      ValueError: if no place is left.
+
+    Example:
+      >>> import jax
+      >>> mesh = jax.make_mesh((jax.device_count(),), ("worker",))
+      >>> among(mesh, jax.devices()[:1]).size
+      1
+    """
+    along = mesh.axis_names.index(axis if isinstance(axis, str) else axis[0])
+    places, wanted = np.moveaxis(mesh.devices, along, 0), set(devices)
+    kept = [i for i, place in enumerate(places) if wanted.issuperset(np.ravel(place))]
+    if not kept:
+        raise ValueError(
+            f"among(mesh, devices): no place of {mesh.shape} has all its devices among "
+            f"the {len(wanted)} given"
+        )
+    return Mesh(
+        np.take(mesh.devices, kept, along),
+        mesh.axis_names,
+        axis_types=mesh.axis_types,
+    )
 
 
 def _near(devices: Sequence[jax.Device]) -> list[list[jax.Device]]:

@@ -1,12 +1,11 @@
 """Where workers live: the only file that names vmap or shard_map."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -152,37 +151,6 @@ def on_mesh(
         sync=_together(algorithm.sync, per_place, carriers),
         mesh=mesh,
     )
-
-
-def among(mesh: Mesh, devices: Iterable, axis: str | Sequence[str] = "worker") -> Mesh:
-    """Keeps the places of a mesh whose devices are all among those given.
-
-    Args:
-      mesh: any mesh.
-      devices: such as those of one process, or of all that are alive.
-      axis: the worker axis, or several; places go along the outermost.
-
-    Returns:
-      A mesh with the same axes.
-
-    Raises:
-      ValueError: if no place is left.
-
-    Example:
-      >>> import jax
-      >>> mesh = jax.make_mesh((jax.device_count(),), ("worker",))
-      >>> among(mesh, jax.devices()[:1]).size
-      1
-    """
-    along = mesh.axis_names.index(_as_tuple(axis)[0])
-    places, wanted = np.moveaxis(mesh.devices, along, 0), set(devices)
-    kept = [i for i, place in enumerate(places) if wanted.issuperset(np.ravel(place))]
-    if not kept:
-        raise ValueError(
-            f"among(mesh, devices): no place of {mesh.shape} has all its devices among "
-            f"the {len(wanted)} given"
-        )
-    return Mesh(np.take(mesh.devices, kept, along), mesh.axis_names)
 
 
 def _cluster(

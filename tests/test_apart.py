@@ -16,7 +16,7 @@ from apart_process import RULES, WORKERS, algorithm, batches, start
 
 import localsgd_jax as lsgd
 from localsgd_jax.apart import _moved, _Part, apart, catch_up, in_background
-from localsgd_jax.placement import among
+from localsgd_jax.meshes import among
 
 HERE = pathlib.Path(__file__).parent
 

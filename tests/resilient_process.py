@@ -1,0 +1,113 @@
+"""One process of a job that trains on, whoever dies.
+
+    python resilient_process.py SETTINGS
+
+SETTINGS is JSON; `main` says what it may hold. Prints lines of JSON.
+"""
+
+import json
+import os
+import sys
+import time
+
+os.environ.setdefault("NPROC", "16")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import localsgd_jax as lsgd
+from localsgd_jax import resilient
+from localsgd_jax.apart import apart
+from localsgd_jax.checkpoint import Checkpoints
+
+WORKERS, BATCH = 12, 4
+TRUTH = np.linspace(-1, 1, 8).astype(np.float32)
+
+
+def data():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(960, 8)).astype(np.float32)
+    return x, (x @ TRUTH + rng.normal(size=960)).astype(np.float32)
+
+
+def loss_fn(params, batch):
+    x, y = batch
+    return jnp.mean((x @ params["w"] - y) ** 2)
+
+
+def slowed(batches, seconds):
+    """Loads data slowly."""
+    for batch in batches:
+        time.sleep(seconds)
+        yield batch
+
+
+def main(
+    steps,
+    period=5,
+    slow=(),
+    pause=0.0,
+    directory=None,
+    save_every=20,
+    heartbeat=4,
+    timeout=15.0,
+    **options,
+):
+    """Trains.
+
+    Args:
+      steps: local steps of each worker.
+      period: of them, in a round.
+      slow: seconds that loading a batch takes, for each process.
+      pause: the same for all.
+      directory: for checkpoints.
+      save_every: local steps between them.
+      heartbeat: seconds.
+      timeout: of a meeting.
+      **options: of `resilient.train`.
+    """
+    jax.config.update("jax_platforms", "cpu")
+    lsgd.initialize(heartbeat=heartbeat, recoverable=True, timeout=60)
+    me = jax.process_index()
+    algorithm = lsgd.local_sgd(loss_fn, optax.adam(0.01), rule=lsgd.average())
+    mine = apart(algorithm, lsgd.worker_mesh(), WORKERS)
+    start = {"w": jnp.zeros(8)}
+    save, dealt, state = None, 0, mine.init(start)
+    if directory:
+        saved = Checkpoints(directory, mine.one, alone=True)
+        one, dealt = saved.restore(mine.one.init(start))
+        state, save = mine.spread(one), saved.save
+    print(json.dumps({"from": int(state.step), "process": me}), flush=True)
+    batches = lsgd.deal(data(), workers=mine.workers, batch=BATCH, start=dealt)
+    wait = pause + (slow[me] if slow else 0)
+
+    def record(row):
+        print(json.dumps({"row": row}), flush=True)
+
+    def evaluate(params):
+        return {"error": loss_fn(params, data())}
+
+    state, history = resilient.train(
+        mine,
+        state,
+        slowed(batches, wait) if wait else batches,
+        every=period,
+        steps=steps - int(state.step),
+        evaluate=evaluate,
+        evaluate_every=1000,
+        record=record,
+        save=save,
+        save_every=save_every,
+        timeout=timeout,
+        **options,
+    )
+    if directory:
+        saved.close()
+    columns = {name: values.tolist() for name, values in history.items()}
+    print(json.dumps({"process": me, "history": columns}), flush=True)
+
+
+if __name__ == "__main__":
+    main(**json.loads(sys.argv[1]))

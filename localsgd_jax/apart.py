@@ -365,8 +365,8 @@ def _spread(here: _Part, first: int, one: State) -> State:
         if jnp.issubdtype(row.dtype, jax.dtypes.prng_key):
             fold = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (None, 0))
             keys = fold(row.reshape(-1), numbers).reshape(len(numbers), *row.shape)
-            mine = (numbers == 0).reshape(-1, *(1,) * row.ndim)
-            return jnp.where(mine, row, keys)
+            first_of_all = (numbers == 0).reshape(-1, *(1,) * row.ndim)
+            return jnp.where(first_of_all, row[None], keys)
         return jnp.broadcast_to(row, (len(numbers), *row.shape))
 
     def start(one: State) -> State:
@@ -379,4 +379,4 @@ def _spread(here: _Part, first: int, one: State) -> State:
         workers=jax.tree.map(lambda x: split, one.workers),
         own=jax.tree.map(lambda x: split, one.own),
     )
-    return jax.jit(start, out_shardings=out)(one)
+    return jax.jit(start, out_shardings=out)(jax.device_put(one, same))

@@ -82,7 +82,7 @@ def among(mesh: Mesh, devices: Iterable, axis: str | Sequence[str] = "worker") -
       axis: the worker axis, or several; places go along the outermost.
 
     Returns:
-      A mesh with the same axes.
+      A mesh of the same axes, automatic ones.
 
     Raises:
       ValueError: if no place is left.
@@ -101,11 +101,8 @@ def among(mesh: Mesh, devices: Iterable, axis: str | Sequence[str] = "worker") -
             f"among(mesh, devices): no place of {mesh.shape} has all its devices among "
             f"the {len(wanted)} given"
         )
-    return Mesh(
-        np.take(mesh.devices, kept, along),
-        mesh.axis_names,
-        axis_types=mesh.axis_types,
-    )
+    kinds = (AxisType.Auto,) * mesh.devices.ndim
+    return Mesh(np.take(mesh.devices, kept, along), mesh.axis_names, axis_types=kinds)
 
 
 def _near(devices: Sequence[jax.Device]) -> list[list[jax.Device]]:

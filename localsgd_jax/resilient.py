@@ -139,6 +139,8 @@ def _run(loop: "_Loop", state: State, overlap: bool) -> State:
         state, note = loop.compute(state)
         if travel:
             state = loop.arrive(travel, state)
+            if loop.idle:
+                break
         travel = loop.depart(state, note)
         if loop.over or not overlap:
             state, travel = loop.arrive(travel, state), None
@@ -174,7 +176,8 @@ class _Loop:
         self.mine, self.company, self.minutes, self.pace = mine, company, minutes, pace
         self.step = self.planned = minutes.step
         self.end = self.step + (math.inf if pace.steps is None else pace.steps)
-        self.over, self.leaving, self.code = self.step >= self.end, False, 0
+        self.over, self.idle = self.step >= self.end, False
+        self.leaving, self.code = False, 0
         rows = (_own_rows(mine, batch) for batch in batches)
         self.queue = Queue(rows, mine.here.put, ahead=1)
         self.names, self.began = None, time.monotonic()
@@ -239,8 +242,9 @@ class _Loop:
             raise SystemExit(PREEMPTED)
         elif len(living) - len(leaving) < self.pace.least:
             self.code = TOO_FEW
-        ended = self.step >= self.end or notes[:, ENDED].any()
-        self.over = bool(self.code or ended)
+        # Nobody takes another step: what has been agreed on is the end.
+        self.idle = bool(notes[:, ENDED].all())
+        self.over = bool(self.code or notes[:, ENDED].any())
 
     def _length(self) -> int:
         """Returns the local steps until the schedule or the run ends the round."""
@@ -264,7 +268,9 @@ class _Loop:
             sum(count * means[name] for count, means in seen) / max(done, 1)
             for name in self.names
         ]
-        work, ended = time.monotonic() - self.began, not self.queue.ready()
+        self.queue.ahead = 1
+        ended = self.planned >= self.end or not self.queue.ready()
+        work = time.monotonic() - self.began
         return np.array([done, work, ended, self.leaving, *numbers], np.float32)
 
 

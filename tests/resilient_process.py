@@ -5,8 +5,10 @@
 SETTINGS is JSON; `main` says what it may hold. Prints lines of JSON.
 """
 
+import contextlib
 import json
 import os
+import signal
 import sys
 import time
 
@@ -37,10 +39,24 @@ def loss_fn(params, batch):
     return jnp.mean((x @ params["w"] - y) ** 2)
 
 
-def slowed(batches, seconds):
-    """Loads data slowly."""
-    for batch in batches:
+def algorithm():
+    return lsgd.local_sgd(loss_fn, optax.adam(0.02), rule=lsgd.average())
+
+
+def start():
+    return {"w": jnp.zeros(8)}
+
+
+def evaluate(params):
+    return {"error": loss_fn(params, data())}
+
+
+def disturbed(batches, seconds, last):
+    """Loads data slowly, and not more than so many batches in its first life."""
+    for i, batch in enumerate(batches):
         time.sleep(seconds)
+        if i == last and os.environ.get("LOCALSGD_RESTARTS", "0") == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
         yield batch
 
 
@@ -49,9 +65,10 @@ def main(
     period=5,
     slow=(),
     pause=0.0,
+    last=(),
     directory=None,
     save_every=20,
-    heartbeat=4,
+    heartbeat=6,
     timeout=15.0,
     **options,
 ):
@@ -62,6 +79,7 @@ def main(
       period: of them, in a round.
       slow: seconds that loading a batch takes, for each process.
       pause: the same for all.
+      last: batches after which a process kills itself, by its number.
       directory: for checkpoints.
       save_every: local steps between them.
       heartbeat: seconds.
@@ -71,40 +89,30 @@ def main(
     jax.config.update("jax_platforms", "cpu")
     lsgd.initialize(heartbeat=heartbeat, recoverable=True, timeout=60)
     me = jax.process_index()
-    algorithm = lsgd.local_sgd(loss_fn, optax.adam(0.01), rule=lsgd.average())
-    mine = apart(algorithm, lsgd.worker_mesh(), WORKERS)
-    start = {"w": jnp.zeros(8)}
-    save, dealt, state = None, 0, mine.init(start)
-    if directory:
-        saved = Checkpoints(directory, mine.one, alone=True)
-        one, dealt = saved.restore(mine.one.init(start))
-        state, save = mine.spread(one), saved.save
-    print(json.dumps({"from": int(state.step), "process": me}), flush=True)
-    batches = lsgd.deal(data(), workers=mine.workers, batch=BATCH, start=dealt)
-    wait = pause + (slow[me] if slow else 0)
-
-    def record(row):
-        print(json.dumps({"row": row}), flush=True)
-
-    def evaluate(params):
-        return {"error": loss_fn(params, data())}
-
-    state, history = resilient.train(
-        mine,
-        state,
-        slowed(batches, wait) if wait else batches,
-        every=period,
-        steps=steps - int(state.step),
-        evaluate=evaluate,
-        evaluate_every=1000,
-        record=record,
-        save=save,
-        save_every=save_every,
-        timeout=timeout,
-        **options,
-    )
-    if directory:
-        saved.close()
+    mine = apart(algorithm(), lsgd.worker_mesh(), WORKERS)
+    state, dealt, save = mine.init(start()), 0, None
+    with contextlib.ExitStack() as stack:
+        if directory:
+            saved = stack.enter_context(Checkpoints(directory, mine.one, alone=True))
+            one, dealt = saved.restore(mine.one.init(start()))
+            state, save = mine.spread(one), saved.save
+        print(json.dumps({"from": int(state.step), "process": me}), flush=True)
+        batches = lsgd.deal(data(), workers=WORKERS, batch=BATCH, start=dealt)
+        wait = pause + (slow[me] if slow else 0)
+        state, history = resilient.train(
+            mine,
+            state,
+            disturbed(batches, wait, dict(last).get(me)),
+            every=period,
+            steps=steps - int(state.step),
+            evaluate=evaluate,
+            evaluate_every=1000,
+            record=lambda row: print(json.dumps({"row": row}), flush=True),
+            save=save,
+            save_every=save_every,
+            timeout=timeout,
+            **options,
+        )
     columns = {name: values.tolist() for name, values in history.items()}
     print(json.dumps({"process": me, "history": columns}), flush=True)
 

@@ -1,8 +1,8 @@
 """Lanes of a GPT with 124 M parameters on one accelerator, beside one plain model.
 
 K = 1, 2, 4, 8 workers share the device and the batch that the plain model has alone, in
-bfloat16 with float32 parameters and AdamW; H = 16. Meant to take less than eight minutes
-on an H200.
+bfloat16 with float32 parameters and AdamW; H = 16. Meant to take less than eight
+minutes on an H200.
 """
 
 import gc

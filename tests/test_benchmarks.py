@@ -107,11 +107,7 @@ def test_a_process_that_ends_is_quoted():
 
 def test_lanes_on_an_accelerator():
     rows = accelerator.run(1, tiny=True)
-    assert [(row["K"], row["lanes"]) for row in rows] == [
-        (1, "vmap"),
-        (2, "vmap"),
-        (2, "map"),
-    ]
+    assert [(row["K"], row["lanes"]) for row in rows] == [(2, "vmap"), (2, "map")]
     for row in rows:
         assert set(row) == {"K", "lanes", "counted/formula", *accelerator.COLUMNS}
         assert row["of peak"] == "unknown for cpu"
@@ -125,8 +121,10 @@ def test_lanes_without_room_are_reported(monkeypatch):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
     monkeypatch.setattr(accelerator, "measure", full)
+    monkeypatch.setattr(accelerator, "by_compiler", lambda shape: None)
     for row in accelerator.run(1, tiny=True):
         assert row["tokens/s"] == "no room"
+        assert row["counted/formula"] == "not counted"
 
 
 def test_operations_by_formula_and_by_compiler():
@@ -136,7 +134,8 @@ def test_operations_by_formula_and_by_compiler():
 
 
 def test_the_batch_leaves_room_for_eight_lanes():
-    found = [accelerator.size(False, gib * 2**30).batch for gib in (139, 79, 40)]
+    # JAX takes three quarters of a device's memory unless told otherwise.
+    found = [accelerator.size(False, gb * 0.75e9).batch for gb in (150, 85, 42)]
     assert found == [32, 16, 8]
     largest = accelerator.size(False, 2**37)
     assert all(largest.batch % workers == 0 for workers in largest.workers)

@@ -39,7 +39,11 @@ class Crew:
                     text=True,
                 )
             )
-        self._hear()
+        try:
+            self._hear()
+        except BaseException:
+            self.close()
+            raise
 
     def turn(self) -> None:
         """Lets all processes take their steps, and waits for them."""

@@ -57,8 +57,9 @@ def elsewhere(name: str, devices: int, tiny: bool) -> list[dict]:
         env=os.environ | {"NPROC": str(threads(devices))},
         stdout=subprocess.PIPE,
         text=True,
-        check=True,
     )
+    if done.returncode:
+        raise SystemExit(done.returncode)  # It has said why.
     return json.loads(done.stdout.splitlines()[-1])
 
 

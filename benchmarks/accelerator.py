@@ -249,8 +249,9 @@ def by_compiler(shape: dict) -> float | None:
 def _gradient_flops(shape: dict) -> float:
     model = models.gpt(**shape, unroll=True)
     gradient = jax.jit(jax.value_and_grad(loss_in_bfloat16(model)))
-    counts = gradient.lower(model.params, model.batch).compile().cost_analysis()
-    return (counts or {}).get("flops", 0)
+    lowered = gradient.lower(model.params, model.batch)
+    counts = lowered.compile().cost_analysis() or lowered.cost_analysis() or {}
+    return counts.get("flops", 0)
 
 
 def of_peak(flops: float) -> float | str:

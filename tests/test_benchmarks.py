@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -150,6 +151,21 @@ def test_the_command_writes_what_it_shows(tmp_path):
     result = json.loads((tmp_path / "scaling.json").read_text())
     assert result["tiny"] and result["machine"]["jax"] and result["rows"]
     assert (tmp_path / "scaling.txt").read_text().strip() in done.stdout
+
+
+def test_the_command_refuses_a_cpu_as_an_accelerator(tmp_path):
+    command = [sys.executable, "-m", "benchmarks", "accelerator", "--out", tmp_path]
+    done = subprocess.run(
+        command,
+        cwd=HERE,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1 and not list(tmp_path.iterdir())
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("accelerator: it needs a GPU or a TPU")
 
 
 def test_the_sizes_that_the_tables_name():

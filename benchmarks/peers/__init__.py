@@ -35,7 +35,7 @@ def run(devices: int, tiny: bool) -> list[dict]:
     del devices
     return [
         row
-        for name in ("logistic", "mlp")
+        for name in problems.NAMES
         for row in compare(problems.make(name, tiny), tiny)
     ]
 

@@ -40,11 +40,20 @@ class Problem(NamedTuple):
         return self.steps // self.period
 
 
+NAMES = ("logistic", "small mlp", "mlp")
+
+
 def make(name: str, tiny: bool = False) -> Problem:
-    """Returns the problem of that name, or one of its kind that takes no time."""
+    """Returns the problem of that name, or one of its kind that takes no time.
+
+    Few steps: float32 rounds apart what passes the kinks of a perceptron often.
+    """
     if name == "logistic":
-        return _problem(models.logistic(8 if tiny else 300), 2 if tiny else 16, 0.1)
-    return _problem(models.mlp(8 if tiny else 672), 2 if tiny else 4, 0.05)
+        model, rounds, rate = models.logistic(8 if tiny else 300), 16, 0.1
+    else:
+        width, rounds = {"small mlp": (64, 4), "mlp": (672, 4)}[name]
+        model, rate = models.mlp(8 if tiny else width), 0.05
+    return _problem(model._replace(name=name), 2 if tiny else rounds, rate)
 
 
 def _problem(model: models.Model, rounds: int, rate: float) -> Problem:

@@ -44,7 +44,7 @@ class Perceptron(nn.Module):
         return functional.cross_entropy(self.layers[-1](x), y)
 
 
-MODELS = {"logistic": Logistic, "mlp": Perceptron}
+MODELS = {"logistic": Logistic, "small mlp": Perceptron, "mlp": Perceptron}
 
 
 def read(options: argparse.Namespace) -> tuple[nn.Module, list]:
@@ -52,7 +52,7 @@ def read(options: argparse.Namespace) -> tuple[nn.Module, list]:
     file = np.load(options.folder / "problem.npz")
     arrays = [torch.tensor(file[f"params{i}"]) for i in range(file["leaves"])]
     x, y = (torch.tensor(file[name][:, options.rank]) for name in ("x", "y"))
-    if options.model == "mlp":
+    if y.ndim == 3:
         y = y.argmax(-1)
     return MODELS[options.model](*arrays), list(zip(x, y, strict=True))
 

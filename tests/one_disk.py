@@ -38,7 +38,12 @@ def run(directory, steps):
         state, dealt = saved.restore(place.init(start()))
         batches = lsgd.deal(np.arange(8, dtype=np.float32), 2, 2, start=dealt)
         settings = {"save": saved.save, "save_every": 4, "progress": False}
-        lsgd.train(place, state, batches, every=2, steps=steps, **settings)
+        return lsgd.train(place, state, batches, every=2, steps=steps, **settings)[1]
+
+
+def restored(directory):
+    with Checkpoints(directory, cluster()) as saved:
+        return int(saved.restore(cluster().init(start()))[0].step)
 
 
 def main(directory, steps):
@@ -50,8 +55,7 @@ def main(directory, steps):
     names = [p.name for p in pathlib.Path(directory).glob("*") if p.name.isdigit()]
     row["complete"] = max(map(int, names), default=None)
     if names:
-        with Checkpoints(directory, cluster()) as saved:
-            row["restored"] = int(saved.restore(cluster().init(start()))[0].step)
+        row["restored"] = restored(directory)
     print(json.dumps(row))
 
 

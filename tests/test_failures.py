@@ -1,5 +1,6 @@
 """Full disks, directories that cannot be written, clocks that jump."""
 
+import itertools
 import json
 import os
 import pathlib
@@ -13,7 +14,7 @@ import one_disk
 import pytest
 
 import localsgd_jax as lsgd
-from localsgd_jax.checkpoint import Checkpoints
+from localsgd_jax.checkpoint import CheckpointError
 
 HERE = pathlib.Path(__file__).parent
 MOUNT = "mount -t tmpfs -o {} none {}"
@@ -77,30 +78,37 @@ def test_a_directory_below_a_file(tmp_path):
         one_disk.run(tmp_path / "file" / "run", 4)
 
 
-def test_clocks_that_jump_change_nothing(tmp_path, monkeypatch):
-    """An hour back, two days on, and so for ever."""
-    jumps, now = iter(range(10**9)), time.time
-    monkeypatch.setattr(
-        time, "time", lambda: now() + [-3600, 2 * 86400][next(jumps) % 2]
-    )
-    seen = []
-    place = one_disk.cluster()
-    with Checkpoints(tmp_path, place) as saved:
-        _, history = lsgd.train(
-            place,
-            place.init(one_disk.start()),
-            lsgd.deal(np.arange(8, dtype=np.float32), 2, 2),
-            every=2,
-            steps=16,
-            save=saved.save,
-            save_every=4,
-            record=lambda row: seen.append(row["seconds"]),
-            progress=False,
-        )
-    assert next(jumps) > 0, "somebody reads the clock"
-    assert seen == sorted(seen) and 0 < seen[0] and seen[-1] < 3600
-    with Checkpoints(tmp_path, place) as saved:
-        assert int(saved.restore(place.init(one_disk.start()))[0].step) == 16
+def jumping(monkeypatch, seconds, every=10**9):
+    """Lets the clock jump at its 30th reading, or to and fro; counts the readings."""
+    read, now = itertools.count(), time.time
+
+    def jumped():
+        return now() + (next(read) + every - 30) // every % 2 * seconds
+
+    monkeypatch.setattr(time, "time", jumped)
+    return read
+
+
+@pytest.mark.parametrize("seconds", [300, -86400])
+def test_clocks_that_jump_change_nothing(tmp_path, monkeypatch, seconds):
+    read = jumping(monkeypatch, seconds)
+    history = one_disk.run(tmp_path, 16)
+    assert next(read) > 60, "the clock has jumped on the way"
+    seconds = history["seconds"]
+    assert (np.diff(seconds) >= 0).all() and 0 < seconds[0] and seconds[-1] < 250
+    assert one_disk.restored(tmp_path) == 16
+
+
+def test_a_clock_that_jumps_by_days_loses_no_checkpoint(tmp_path, monkeypatch):
+    """The writer believes that its time is over."""
+    one_disk.run(tmp_path, 8)
+    with monkeypatch.context() as patch:
+        jumping(patch, 2 * 86400, every=1)
+        with pytest.raises(CheckpointError, match=r"written into .* \(TimeoutError: "):
+            one_disk.run(tmp_path, 8)
+    assert one_disk.restored(tmp_path) >= 8
+    one_disk.run(tmp_path, 16)
+    assert one_disk.restored(tmp_path) >= 24
 
 
 def test_nothing_is_timed_by_a_clock_that_can_jump():

@@ -54,9 +54,13 @@ def same(
             verdict = f"process {first} did not come within {timeout + 30:g} s"
         store.key_value_set(f"{prefix}{me}/heard", "")
     else:
-        verdict = _compare(prefix, facts, everyone, timeout)
+        said = _collect(prefix, facts, everyone, timeout)
+        found, lacking = differences(said), sorted(set(everyone) - set(said))
+        if lacking:
+            found.insert(0, f"{listed(lacking)} did not come within {timeout:g} s")
+        verdict = "; ".join(found)
         store.key_value_set(f"{prefix}verdict", verdict)
-        for other in everyone:
+        for other in said:
             if verdict and other != me:  # They must hear it before this one leaves.
                 _get(f"{prefix}{other}/heard", 5)
     if verdict:
@@ -126,24 +130,18 @@ def differences(said: Mapping[int, Mapping]) -> list[str]:
     return lines[:5] + more
 
 
-def _compare(
+def _collect(
     prefix: str, facts: Mapping, everyone: Sequence[int], timeout: float
-) -> str:
-    """The first process collects the facts of all and says what is wrong."""
+) -> dict[int, Mapping]:
+    """The first process collects the facts of those who come in time."""
     deadline, me = time.monotonic() + timeout, jax.process_index()
-    said, lacking = {me: json.loads(json.dumps(facts))}, []
+    said = {me: json.loads(json.dumps(facts))}
     for other in everyone:
-        if other == me:
-            continue
-        heard = _get(f"{prefix}{other}", max(deadline - time.monotonic(), 1))
-        if heard is None:
-            lacking.append(other)
-        else:
-            said[other] = json.loads(heard)
-    found = differences(said)
-    if lacking:
-        found.insert(0, f"{listed(lacking)} did not come within {timeout:g} s")
-    return "; ".join(found)
+        if other != me:
+            heard = _get(f"{prefix}{other}", max(deadline - time.monotonic(), 1))
+            if heard is not None:
+                said[other] = json.loads(heard)
+    return said
 
 
 def _get(key: str, seconds: float) -> str | None:

@@ -1,8 +1,10 @@
 """Checkpoints of a run: saved while it goes on, restored onto any number of workers."""
 
+import contextlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -105,7 +107,8 @@ class Checkpoints:
           examples: dealt to all workers since `restore`.
 
         Raises:
-          CheckpointError: if there is a checkpoint of that step or a later one.
+          CheckpointError: if there is a checkpoint of that step or a later one, or
+            this or the one before could not be written, such as to a full disk.
         """
         step, latest = int(state.step), self._manager.latest_step()
         if latest is not None and step <= latest:
@@ -126,7 +129,8 @@ class Checkpoints:
         items = args.Composite(
             state=args.StandardSave(leaves), about=args.JsonSave(about)
         )
-        self._manager.save(step, args=items)
+        with self._writing("save(state)"):
+            self._manager.save(step, args=items)
 
     def restore(self, state: State, *, fresh: Iterable[str] = ()) -> tuple[State, int]:
         """Returns the state of the last checkpoint, bit for bit, wherever workers live.
@@ -183,8 +187,13 @@ class Checkpoints:
         return restored, self._dealt
 
     def close(self) -> None:
-        """Waits until everything is written."""
-        self._manager.close()
+        """Waits until everything is written.
+
+        Raises:
+          CheckpointError: if it could not be.
+        """
+        with self._writing("close()"):
+            self._manager.close()
 
     def __enter__(self) -> "Checkpoints":
         """Returns itself."""
@@ -193,6 +202,18 @@ class Checkpoints:
     def __exit__(self, *error: object) -> None:
         """Waits until everything is written."""
         self.close()
+
+    @contextlib.contextmanager
+    def _writing(self, call: str) -> Iterator[None]:
+        """Says in one line why a checkpoint could not be written."""
+        try:
+            yield
+        except Exception as error:  # Orbax and its stores raise errors of all kinds.
+            raise CheckpointError(
+                f"{call}: a checkpoint could not be written into "
+                f"{self._manager.directory} ({_cause(error)}); those that are complete "
+                "are still there"
+            ) from error
 
     def _read(self, where: str, step: int, **items: object) -> Any:
         """Reads parts of a checkpoint."""
@@ -349,6 +370,16 @@ def _differences(stored: Mapping, now: Mapping) -> list[str]:
     ]
     more = [f"and {len(differing) - 5} more leaves"] if len(differing) > 5 else []
     return lines + differing[:5] + more
+
+
+def _cause(error: Exception) -> str:
+    """Returns what the operating system said, or else the beginning of a message."""
+    code = getattr(error, "errno", None) or re.search(
+        r"os_error_code='(\d+)'", str(error)
+    )
+    if code is None:
+        return _first_line(error)
+    return os.strerror(code if isinstance(code, int) else int(code[1]))
 
 
 def _first_line(error: Exception) -> str:

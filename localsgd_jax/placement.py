@@ -326,7 +326,10 @@ def _init(
     abstract = shapes.abstract(params)
     if mesh is not None and mesh.is_multi_process and not abstract:
         facts = {"workers": count, "mesh": dict(mesh.shape)}
-        facts |= {"rule": describe(algorithm.sync), "at": processes.described(params)}
+        facts |= {
+            "rule": describe(algorithm.sync),
+            "params": processes.described(params),
+        }
         holders = processes.holders(NamedSharding(mesh, P()))
         agreement.same("init(params)", facts, holders)
     worker, rule_state = (

@@ -1,7 +1,10 @@
 """How processes find each other and what they compare, without starting any."""
 
+import inspect
 import json
 import os
+import pathlib
+import re
 import socket
 import threading
 import types
@@ -303,3 +306,23 @@ def test_differences_are_few_and_nested():
     assert found[0] == "at.leaf0: 0 in process 0, 1 in process 1"
     assert len(found) == 6 and found[-1] == "and 4 more"
     assert agreement.differences({0: {"x": [1]}, 1: json.loads('{"x": [1]}')}) == []
+
+
+DOCS = (pathlib.Path(__file__).parent.parent / "docs" / "processes.md").read_text()
+
+
+def test_the_manifest_of_the_docs_sets_what_is_read(monkeypatch):
+    named = re.findall(r"name: (LOCALSGD_\w+)(?:, value: \"(.*?)\")?", DOCS)
+    assert len(named) == 3
+    for name, value in named:
+        monkeypatch.setenv(name, value or "3")
+    place = distributed._place(None, None, None, 1)
+    assert place == distributed.Place("train-0.localsgd:29500", 4, 3)
+
+
+def test_the_docs_name_what_jax_reads():
+    for name in SLURM.keys() - {"SLURM_STEP_ID"}:
+        assert name in DOCS
+    for name in ("heartbeat", "timeout", "bind", "config"):
+        assert f"`{name}" in DOCS or f"{name}=" in DOCS
+        assert name in inspect.signature(lsgd.initialize).parameters

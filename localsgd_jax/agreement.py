@@ -8,6 +8,7 @@ import collections
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 
@@ -45,7 +46,7 @@ def same(
         return
     timeout = TIMEOUT if timeout is None else timeout
     prefix, me, first = _prefix(call, everyone), jax.process_index(), min(everyone)
-    store = global_state.client
+    store = _store()
     if me != first:
         store.key_value_set(f"{prefix}{me}", json.dumps(facts))
         # Process 0 may wait for all others in turn before it can speak.
@@ -83,7 +84,7 @@ def told(call: str, say: Callable[[], object], processes: Sequence[int]) -> obje
     """
     if len(processes) < 2:
         return say()
-    prefix, store = _prefix(call, processes), global_state.client
+    prefix, store = _prefix(call, processes), _store()
     if jax.process_index() != min(processes):
         while (heard := _get(prefix + "said", 60)) is None:
             pass  # If the first process dies, the service dies and this raises.
@@ -144,10 +145,15 @@ def _collect(
     return said
 
 
+def _store() -> Any:
+    """Returns the client of JAX's coordination service."""
+    return global_state.client
+
+
 def _get(key: str, seconds: float) -> str | None:
     """Waits for a key; None if it does not come in time."""
     try:
-        return global_state.client.blocking_key_value_get(key, int(seconds * 1000))
+        return _store().blocking_key_value_get(key, int(seconds * 1000))
     except jax.errors.JaxRuntimeError as error:
         if "DEADLINE_EXCEEDED" not in str(error):
             raise

@@ -11,8 +11,9 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-# JAX has no public name for its detection of clusters.
+# JAX has no public names for its detection of clusters and for whether it has started.
 from jax._src.clusters import ClusterEnv
+from jax._src.xla_bridge import backends_are_initialized
 
 from localsgd_jax import agreement, checks, rollcall
 from localsgd_jax.agreement import JobError
@@ -101,6 +102,10 @@ def initialize(
         return 1
     if jax.distributed.is_initialized():
         return jax.process_count()
+    if backends_are_initialized():
+        raise RuntimeError(
+            "initialize(): it must come before all that makes JAX look for its devices"
+        )
     jax.config.update("jax_enable_preemption_service", False)
     jax.config.update("jax_enable_recoverability", recoverable)
     agreement.TIMEOUT = timeout
@@ -176,9 +181,9 @@ def _place(
     coordinator: str | None, processes: int | None, process: int | None, timeout: float
 ) -> Place | None:
     """Finds out where this process stands; None if it is alone."""
-    given = (coordinator, processes, process)
-    if None not in given:
+    if coordinator is not None and processes is not None and process is not None:
         return _checked("initialize()", coordinator, processes, process)
+    given = (coordinator, processes, process)
     if given != (None, None, None):
         raise ValueError(
             "initialize(coordinator, processes, process): all three or none are "
@@ -190,10 +195,12 @@ def _place(
             return _checked(", ".join(names), os.environ[names[0]], *_whole(names[1:]))
         except KeyError as error:
             raise ValueError(f"initialize(): {error} is not set") from None
-    found = ClusterEnv.auto_detect_unset_distributed_params(
+    address, count, number, devices = ClusterEnv.auto_detect_unset_distributed_params(
         os.environ.get("JAX_COORDINATOR_ADDRESS"), None, None, None, None, int(timeout)
     )
-    return None if None in found[:3] else Place(*found)
+    if address is None or count is None or number is None:
+        return None
+    return Place(address, count, number, devices and list(devices))
 
 
 def _whole(names: list[str]) -> list[int]:

@@ -84,7 +84,8 @@ class Journal:
             return
         held, self.held = self.held, []
         for due, found in held:
-            self._add(due, *processes.on_host(found), state)
+            metrics, noted = processes.on_host(found)
+            self._add(due, metrics, noted, state)
 
     def _add(self, due: list[bool], metrics: Mapping, noted: Mapping, state: State):
         """Adds the steps of a dispatch, and the rows of the rounds that end in it."""

@@ -3,7 +3,9 @@
 import zlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
@@ -60,7 +62,7 @@ def at_hand(tree: PyTree) -> PyTree:
     """Returns this process's own copy of what every process has a copy of."""
 
     def copy(x: jax.Array) -> jax.Array:
-        if isinstance(x, jax.core.Tracer) or _here(x) or not x.is_fully_replicated:
+        if isinstance(x, Tracer) or _here(x) or not x.is_fully_replicated:
             return x
         return x.addressable_data(0)
 
@@ -84,7 +86,7 @@ def _description(x: PyTree) -> str:
     """Describes a leaf."""
     if not _here(x):
         return f"{x.dtype}{list(x.shape)}"
-    if hasattr(x, "dtype") and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+    if hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
     raw = np.ascontiguousarray(x)
     return f"{raw.dtype}{list(np.shape(x))} with checksum {zlib.crc32(raw):08x}"

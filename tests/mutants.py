@@ -25,6 +25,60 @@ class Mutant(NamedTuple):
 
 
 MUTANTS = {
+    "lets a process of another job in": Mutant(
+        "rollcall.py",
+        'if theirs.get("job") != facts.get("job"):',
+        "if False:",
+        "test_distributed.py -k another_job",
+    ),
+    "keeps quiet about what differs": Mutant(
+        "rollcall.py",
+        "found = differences(said)",
+        "found = []",
+        "test_distributed.py -k what_differs",
+    ),
+    "opens the coordinator's port to all": Mutant(
+        "distributed.py",
+        "LOOPBACK.get(host, '[::]')",
+        "'[::]'",
+        "test_distributed.py -k this_machine_alone",
+    ),
+    "mixes processes in a worker": Mutant(
+        "meshes.py",
+        "return [groups[key] for key in sorted(groups)]",
+        "return [list(devices)]",
+        "test_distributed.py -k across",
+    ),
+    "leaves the others running": Mutant(
+        "launch/job.py",
+        "end = matters and others",
+        "end = False",
+        "test_launch.py -k ends_with_process_0",
+    ),
+    "leaves orphans when it is killed": Mutant(
+        "launch/job.py",
+        "os.killpg(0, signal.SIGKILL)",
+        "pass",
+        "test_launch.py -k launcher_is_killed",
+    ),
+    "takes the last exit code": Mutant(
+        "launch/job.py",
+        "if matters and not self.code:",
+        "if matters:",
+        "test_launch.py -k say_what_went_wrong",
+    ),
+    "hides why a checkpoint was not written": Mutant(
+        "checkpoint.py",
+        "({_cause(error)}); those",
+        "; those",
+        "test_failures.py -k full_disk",
+    ),
+    "deals own workers the rows of others": Mutant(
+        "deal.py",
+        "rows = hand.reshape(workers, batch)[chosen]",
+        "rows = hand.reshape(workers, batch)[: len(chosen)]",
+        "test_deal.py -k only_some",
+    ),
     "averages one step late": Mutant(
         "rounds.py",
         "schedule(state.step), state, weight), metrics",

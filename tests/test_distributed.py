@@ -175,6 +175,12 @@ def test_impossible_places_are_refused(arguments, message):
         lsgd.initialize(*arguments)
 
 
+def test_nobody_waits_for_a_process_that_has_started_jax_before():
+    jax.devices()
+    with pytest.raises(RuntimeError, match="must come before all that makes JAX look"):
+        lsgd.initialize("localhost:1234", 2, 1)
+
+
 def test_the_environment_of_the_launcher(monkeypatch):
     monkeypatch.setenv("LOCALSGD_COORDINATOR", "10.0.0.7:1234")
     with pytest.raises(ValueError, match="'LOCALSGD_PROCESSES' is not set"):
@@ -308,11 +314,14 @@ def test_differences_are_few_and_nested():
     assert agreement.differences({0: {"x": [1]}, 1: json.loads('{"x": [1]}')}) == []
 
 
-DOCS = (pathlib.Path(__file__).parent.parent / "docs" / "processes.md").read_text()
+@pytest.fixture
+def docs():
+    path = pathlib.Path(__file__).parent.parent / "docs" / "processes.md"
+    return path.read_text()
 
 
-def test_the_manifest_of_the_docs_sets_what_is_read(monkeypatch):
-    named = re.findall(r"name: (LOCALSGD_\w+)(?:, value: \"(.*?)\")?", DOCS)
+def test_the_manifest_of_the_docs_sets_what_is_read(monkeypatch, docs):
+    named = re.findall(r"name: (LOCALSGD_\w+)(?:, value: \"(.*?)\")?", docs)
     assert len(named) == 3
     for name, value in named:
         monkeypatch.setenv(name, value or "3")
@@ -320,9 +329,9 @@ def test_the_manifest_of_the_docs_sets_what_is_read(monkeypatch):
     assert place == distributed.Place("train-0.localsgd:29500", 4, 3)
 
 
-def test_the_docs_name_what_jax_reads():
+def test_the_docs_name_what_jax_reads(docs):
     for name in SLURM.keys() - {"SLURM_STEP_ID"}:
-        assert name in DOCS
+        assert name in docs
     for name in ("heartbeat", "timeout", "bind", "config"):
-        assert f"`{name}" in DOCS or f"{name}=" in DOCS
+        assert f"`{name}" in docs or f"{name}=" in docs
         assert name in inspect.signature(lsgd.initialize).parameters

@@ -126,6 +126,7 @@ class Run:
             output.copy(source, sink, f"[{number}] ", self.events)
             for number, one in enumerate(started)
             for source, sink in ((one.stdout, sys.stdout), (one.stderr, sys.stderr))
+            if source
         ]
         for number, one in enumerate(started):
             threading.Thread(
@@ -215,7 +216,8 @@ def _guard() -> subprocess.Popen:
         stdout=subprocess.PIPE,
         process_group=0,
     )
-    guard.stdout.read(1)
+    if guard.stdout:  # It listens to no signal from now on.
+        guard.stdout.read(1)
     return guard
 
 

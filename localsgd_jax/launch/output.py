@@ -1,10 +1,11 @@
 """Output of many processes in one place, each line with the number of its process."""
 
+import os
 import re
 import signal
 import threading
 from queue import SimpleQueue
-from typing import BinaryIO, TextIO
+from typing import IO, TextIO
 
 # After a newline, or after a carriage return as progress bars write it.
 _ENDS = re.compile(rb"(?<=\n)|(?<=\r)(?=[^\n])")
@@ -12,7 +13,7 @@ _lock = threading.Lock()
 
 
 def copy(
-    source: BinaryIO, sink: TextIO, prefix: str, events: SimpleQueue
+    source: IO[bytes], sink: TextIO, prefix: str, events: SimpleQueue
 ) -> threading.Thread:
     """Copies lines in a thread of its own, until the source ends.
 
@@ -29,7 +30,7 @@ def copy(
     def run() -> None:
         held = b""
         with source:
-            while piece := source.read1(1 << 16):
+            while piece := os.read(source.fileno(), 1 << 16):
                 *whole, held = _ENDS.split(held + piece)
                 if not write(whole):
                     return

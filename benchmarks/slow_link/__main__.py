@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import socket
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -27,7 +28,6 @@ from benchmarks.slow_link.methods import METHODS, Method
 from localsgd_jax import cost
 
 WORKERS, SCORE_EVERY = 2, 32
-LATENCY = 1e-4  # seconds, between namespaces of one machine.
 
 
 def arguments() -> argparse.Namespace:
@@ -105,34 +105,48 @@ def pair(net: network.Network, model: str, methods: list[str]) -> Iterator[Pair]
             one.wait()
 
 
-def predicted(method: Method, ready: dict, whole: dict, mbit: float) -> float:
-    """Says how long a round takes, from the steps alone and a round without a limit."""
-    link = cost.Link(LATENCY, mbit * 1e6 / 8 * network.PAYLOAD)
-    step, rounds = ready["step"], whole["steps"] / method.period
+def measured_link(both: Pair, net: network.Network, mbit: float | None) -> cost.Link:
+    """Fits a link to all-reduces on it."""
+    net.throttle(mbit)
+    runs = []
+    for _ in range(3):
+        both.tell("link")
+        runs.append(both.hear()["seconds"])
+    seconds = [statistics.median(times) for times in zip(*runs, strict=True)]
+    return cost.fit_link(WORKERS, tasks.SIZES, seconds)
+
+
+def planned(method: Method, ready: dict, whole: dict, free: cost.Link) -> cost.Job:
+    """What the planner is told: steps alone, and what free rounds take besides."""
     job = cost.Job(
         WORKERS,
-        compute=step,
+        compute=ready["step"],
         parameters=ready["parameters"] // method.pieces,
         bits=method.bits,
         overlap=method.period if method.beside else 0,
-        overhead=max(0.0, whole["seconds"] / rounds - method.period * step),
     )
-    return cost.round_time(job, link, method.period)
+    seconds = whole["seconds"] / whole["rounds"]
+    more = seconds - cost.round_time(job, free, method.period)
+    return job._replace(overhead=max(0.0, more))
 
 
 def measure(net: network.Network, model: str, given: argparse.Namespace) -> list[dict]:
     steps = 64 if given.tiny else tasks.STEPS[model]
     rows = []
     with pair(net, model + "-tiny" * given.tiny, given.methods) as both:
+        ready = both.hear()
+        links = {x: measured_link(both, net, x) for x in (None, *given.mbit)}
+        both.tell("")
         for name in given.methods:
             method = METHODS[name]
             net.throttle(None)
-            ready = both.hear()
+            both.hear()
             whole = both.train(
                 steps // method.period, max(1, SCORE_EVERY // method.period)
             )
+            job = planned(method, ready, whole, links[None])
             for mbit in given.mbit:
-                said = predicted(method, ready, whole, mbit)
+                said = cost.round_time(job, links[mbit], method.period)
                 rounds = max(2, min(int(given.seconds / said), steps // method.period))
                 net.throttle(mbit)
                 found = both.train(rounds, 0)

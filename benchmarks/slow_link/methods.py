@@ -1,4 +1,8 @@
-"""How workers agree: each method as rounds that processes take together."""
+"""How workers agree: each method as rounds that processes take together.
+
+Everything that is sent at a time is sent as one vector: on a link of 10 Mbit/s the six
+leaves of the MLP take 1.5 times as long one beside the other.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -7,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import optax
+from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -15,13 +20,21 @@ from benchmarks.models import Model
 from localsgd_jax.apart import apart, catch_up, in_background
 
 
+def average() -> lsgd.SyncRule:
+    return lsgd.flatten(lsgd.average())
+
+
+def diloco() -> lsgd.SyncRule:
+    return lsgd.flatten(lsgd.diloco())
+
+
 def four_bits() -> lsgd.SyncRule:
     nesterov = optax.sgd(0.7, momentum=0.9, nesterov=True)
-    return lsgd.outer(nesterov, lsgd.quantize(lsgd.average(), 4))
+    return lsgd.flatten(lsgd.outer(nesterov, lsgd.quantize(lsgd.average(), 4)))
 
 
 def streaming() -> lsgd.SyncRule:
-    return lsgd.fragment(lsgd.diloco(), 4, cut=0)
+    return lsgd.flatten(lsgd.fragment(lsgd.diloco(), 4, cut=0))
 
 
 class Method(NamedTuple):
@@ -44,11 +57,11 @@ class Method(NamedTuple):
 
 METHODS = {
     "every step": Method(None, 1),
-    "Local SGD, H = 4": Method(lsgd.average, 4),
-    "Local SGD, H = 16": Method(lsgd.average, 16),
-    "Local SGD, H = 64": Method(lsgd.average, 64),
-    "Local SGD, H = 16, beside": Method(lsgd.average, 16, beside=True),
-    "DiLoCo, H = 32": Method(lsgd.diloco, 32),
+    "Local SGD, H = 4": Method(average, 4),
+    "Local SGD, H = 16": Method(average, 16),
+    "Local SGD, H = 64": Method(average, 64),
+    "Local SGD, H = 16, beside": Method(average, 16, beside=True),
+    "DiLoCo, H = 32": Method(diloco, 32),
     "DiLoCo, 4 bits, H = 32": Method(four_bits, 32, bits=4),
     "streaming DiLoCo, H = 32": Method(streaming, 8, pieces=4),
     "streaming DiLoCo, H = 32, beside": Method(streaming, 8, beside=True, pieces=4),
@@ -115,7 +128,8 @@ def _every_step(model: Model, optimizer: Any, mesh: Mesh) -> Rounds:
         check_vma=False,
     )
     def gradient(params, batch):
-        return jax.lax.pmean(jax.grad(model.loss)(params, batch), "worker")
+        vector, unravel = ravel_pytree(jax.grad(model.loss)(params, batch))
+        return unravel(jax.lax.pmean(vector, "worker"))
 
     @jax.jit
     def step(params, moments, batch):

@@ -19,8 +19,6 @@ from collections.abc import Sequence
 
 TOOLS = ("ip", "tc", "unshare", "nsenter", "setpriv")
 INSIDE = "LOCALSGD_SLOW_LINK"
-# Of an Ethernet frame of 1514 bytes, TCP carries 1448.
-PAYLOAD = 1448 / 1514
 DIE_WITH_PARENT = ("setpriv", "--pdeathsig", "KILL")
 
 

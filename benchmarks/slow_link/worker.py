@@ -2,10 +2,11 @@
 
     python -m benchmarks.slow_link.worker MODEL COORDINATOR WORKERS WORKER METHOD…
 
-For each method it prints the seconds of a local step alone, and the number of
-parameters, and reads lines "ROUNDS SCORE" from its input until an
-empty one: it trains that many rounds from the start, and prints the seconds that they
-took, and the held-out loss after each SCORE rounds (0: after none).
+It prints the seconds of a local step alone, and the number of parameters. For each line
+that it reads, up to an empty one, it prints the seconds of `tasks.SIZES` all-reduced.
+Then, for each method, it reads lines "ROUNDS SCORE", up to an empty one: it trains that
+many rounds from the start, and prints the seconds that they took, and the held-out loss
+after each SCORE rounds (0: after none).
 """
 
 import json
@@ -13,13 +14,18 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from operator import itemgetter
 
 os.environ.setdefault("NPROC", "8")
 
 import jax
+import numpy as np
 import optax
 from jax.experimental.multihost_utils import sync_global_devices
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import localsgd_jax as lsgd
 from benchmarks import models
@@ -41,6 +47,27 @@ def step_alone(model, optimizer, mesh, task, worker: int, steps: int = 8) -> flo
     state, drawn = mine.init(model.params), jax.tree.map(lambda x: x[:, None], drawn)
     times = [once(lambda: mine.round(state, drawn)) for _ in range(6)]
     return statistics.median(times[1:]) / steps
+
+
+def all_reduces(mesh) -> list[Callable]:
+    """Makes a call for each of `tasks.SIZES`, compiled."""
+    split = NamedSharding(mesh, P("worker"))
+    total = jax.jit(
+        jax.shard_map(
+            lambda x: jax.lax.psum(x, "worker"),
+            mesh=mesh,
+            in_specs=P("worker"),
+            out_specs=P("worker"),
+        )
+    )
+    rows = [
+        jax.make_array_from_process_local_data(split, np.ones((1, size // 4), "f4"))
+        for size in tasks.SIZES
+    ]
+    calls = [partial(total, row) for row in rows]
+    for call in calls:
+        once(call)
+    return calls
 
 
 def train(taken: methods.Rounds, batches, rounds: int, score_every: int, score) -> dict:
@@ -82,13 +109,17 @@ def main() -> None:
     task, model = tasks.TASKS[name](), build(name, tiny)
     loss = jax.jit(model.loss)
     step = step_alone(model, optax.adamw(task.rate), mesh, task, worker)
+    reduce = all_reduces(mesh)
+    print(json.dumps({"step": step, "parameters": model.size}), flush=True)
+    while sys.stdin.readline().strip():
+        print(json.dumps({"seconds": [once(call) for call in reduce]}), flush=True)
     for method in wanted:
         chosen = methods.METHODS[method]
         taken = methods.rounds(chosen, model, optax.adamw(task.rate), mesh)
         first = tasks.batches(task, worker, workers, 2 * chosen.period)
         train(taken, first, 2, 1, lambda params: None)  # Compiles.
         sync_global_devices(method)
-        print(json.dumps({"step": step, "parameters": model.size}), flush=True)
+        print(json.dumps({"ready": method}), flush=True)
         while line := sys.stdin.readline().strip():
             rounds, every = map(int, line.split())
             batches = tasks.batches(task, worker, workers, rounds * chosen.period)

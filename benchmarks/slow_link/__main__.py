@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks import record
-from benchmarks.slow_link import network, results, tasks
+from benchmarks.slow_link import beside_torch, network, results, tasks
 from benchmarks.slow_link.methods import METHODS, Method
 from localsgd_jax import cost
 
@@ -178,8 +178,9 @@ def main() -> None:
     place = record.machine()
     with network.Network(WORKERS) as net:
         rows = [row for model in given.models for row in measure(net, model, given)]
+        beside = beside_torch.compare(net, given.mbit, given.tiny)
     rows += results.others(given.out, given.models)
-    results.write(given.out, {"machine": place, "rows": rows})
+    results.write(given.out, {"machine": place, "rows": rows, "beside": beside})
 
 
 if __name__ == "__main__":

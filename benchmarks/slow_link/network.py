@@ -50,6 +50,8 @@ def address(host: int) -> str:
 class Network:
     """Hosts 0, …, n − 1 on one bridge; use it in a `with` statement."""
 
+    first, interface = address(0), "eth0"
+
     def __init__(self, hosts: int) -> None:
         if INSIDE not in os.environ:
             raise RuntimeError("Network(hosts): call enter(command) first")

@@ -123,7 +123,8 @@ def others(directory: Path, models: list[str]) -> list[dict]:
 def write(directory: Path, result: dict) -> None:
     """Writes what was measured as JSON, as a table and as a picture."""
     (directory / "slow_link.json").write_text(json.dumps(result, indent=2) + "\n")
-    text = record.table(with_ratios(result["rows"])) + "\n"
+    tables = (with_ratios(result["rows"]), result["beside"])
+    text = "\n\n".join(map(record.table, tables)) + "\n"
     (directory / "slow_link.txt").write_text(text)
     print(text)
     draw(directory, result["rows"])

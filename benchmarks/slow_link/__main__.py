@@ -161,8 +161,8 @@ def measure(net: network.Network, model: str, given: argparse.Namespace) -> list
 
 def _check(whole: dict, found: dict, where: str) -> None:
     """Sees that the loss after the same step is the same."""
-    for step in whole["losses"].keys() & found["losses"].keys():
-        if abs(whole["losses"][step] - found["losses"][step]) > 1e-4:
+    for step in whole["own"].keys() & found["own"].keys():
+        if abs(whole["own"][step] - found["own"][step]) > 1e-4:
             raise RuntimeError(f"{where}: another loss after {step} steps")
 
 

@@ -75,12 +75,15 @@ class Rounds(NamedTuple):
       start: `start() -> run`.
       advance: `advance(run, batches) -> run`; a round on leaves (H, b, ...) of the
         worker here. What still travels when it returns belongs to the run.
-      finish: `finish(run) -> params` of the averaged model, here; all take part.
+      settle: `settle(run) -> rows`, parameters (1, ...) of the worker here; waits for
+        what still travels.
+      mean: `mean(rows) -> params` of the averaged model; all take part.
     """
 
     start: Callable[[], Any]
     advance: Callable[[Any, Any], Any]
-    finish: Callable[[Any], Any]
+    settle: Callable[[Any], Any]
+    mean: Callable[[Any], Any]
 
 
 def rounds(method: Method, model: Model, optimizer: Any, mesh: Mesh) -> Rounds:
@@ -107,13 +110,18 @@ def rounds(method: Method, model: Model, optimizer: Any, mesh: Mesh) -> Rounds:
             state = catch_up(agreed, state, captured)
         return state, in_background(mine.agree, state), state
 
-    def finish(run):
+    def settle(run):
         state, travelling, _ = run
         if travelling:
             state, _ = travelling.result(timeout=600)
-        return mine.mean(state.workers.params)
+        return state.workers.params
 
-    return Rounds(start, go_on if method.beside else wait, finish)
+    return Rounds(start, go_on if method.beside else wait, settle, mine.mean)
+
+
+def own(rows: Any) -> Any:
+    """The model of the worker here."""
+    return jax.tree.map(lambda x: x[0], rows)
 
 
 def _every_step(model: Model, optimizer: Any, mesh: Mesh) -> Rounds:
@@ -155,7 +163,7 @@ def _every_step(model: Model, optimizer: Any, mesh: Mesh) -> Rounds:
             run = jax.block_until_ready(step(*run, batch))
         return run
 
-    def finish(run):
-        return jax.tree.map(lambda x: x.addressable_data(0), run[0])
+    def settle(run):
+        return jax.tree.map(lambda x: x.addressable_data(0)[None], run[0])
 
-    return Rounds(start, advance, finish)
+    return Rounds(start, advance, settle, own)

@@ -71,28 +71,27 @@ def all_reduces(mesh) -> list[Callable]:
 
 
 def train(taken: methods.Rounds, batches, rounds: int, score_every: int, score) -> dict:
-    """Trains, and says how long it took; scoring does not count."""
+    """Trains, and says how long it took; scoring does not count.
+
+    The averaged model is scored every so often, the worker's own also at the end.
+    """
     period = len(jax.tree.leaves(batches)[0]) // rounds
-    run, seconds, losses = jax.block_until_ready(taken.start()), 0.0, {}
-    for done in range(rounds):
-        part = jax.tree.map(
-            itemgetter(slice(done * period, (done + 1) * period)), batches
-        )
+    run, seconds, losses, own = jax.block_until_ready(taken.start()), 0.0, {}, {}
+    for done in range(1, rounds + 1):
+        turn = itemgetter(slice((done - 1) * period, done * period))
+        part = jax.tree.map(turn, batches)
         began = time.perf_counter()
         run = taken.advance(run, part)
+        if done == rounds:
+            jax.block_until_ready(taken.settle(run))
         seconds += time.perf_counter() - began
-        if score_every and (done + 1) % score_every == 0:
-            losses[(done + 1) * period] = score(taken.finish(run))
-    began = time.perf_counter()
-    params = jax.block_until_ready(taken.finish(run))
-    seconds += time.perf_counter() - began
-    losses[rounds * period] = score(params)
-    return {
-        "rounds": rounds,
-        "steps": rounds * period,
-        "seconds": seconds,
-        "losses": losses,
-    }
+        if done == rounds or (score_every and done % score_every == 0):
+            rows = taken.settle(run)
+            own[done * period] = score(methods.own(rows))
+            if score_every:
+                losses[done * period] = score(taken.mean(rows))
+    found = {"rounds": rounds, "steps": rounds * period, "seconds": seconds}
+    return found | {"losses": losses, "own": own}
 
 
 def main() -> None:

@@ -4,7 +4,8 @@
     python -m benchmarks overhead --tiny    one, small enough to see that it works
     python -m benchmarks accelerator        the one that needs a GPU or a TPU
 
-Writes NAME.json and NAME.txt into --out (default: benchmark-results).
+Writes NAME.json and NAME.txt into --out (default: benchmark-results), and
+benchmarks.png with all measurements that are there.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks import record
+from benchmarks import figure, record
 
 NAMES = ("overhead", "scaling", "startup", "prediction", "peers")
 ACCELERATED = ("accelerator",)
@@ -91,6 +92,7 @@ def main() -> None:
         text = f"{name}: {module.__doc__.splitlines()[0]}\n{record.table(rows)}\n"
         (given.out / f"{name}.txt").write_text(text)
         print(text, flush=True)
+    figure.draw(given.out, NAMES)
 
 
 if __name__ == "__main__":

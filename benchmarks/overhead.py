@@ -10,9 +10,11 @@ import optax
 
 import localsgd_jax as lsgd
 from benchmarks import models
+from benchmarks.record import Shown
 from benchmarks.timing import alternate
 
 DEVICES = (2, 8)
+SHOWN = Shown("ratio", ("model", "devices"), "round / its steps alone", 1.03)
 WORKERS = 8
 
 

@@ -13,11 +13,13 @@ import optax
 
 import localsgd_jax as lsgd
 from benchmarks import models
+from benchmarks.record import Shown
 from benchmarks.timing import once
 from localsgd_jax import cost
 from localsgd_jax.plan import measure
 
 DEVICES = (8,)
+SHOWN = Shown("predicted/measured", ("model", "K", "H"), "predicted / measured")
 
 
 def rounds(cluster: lsgd.Cluster, model: models.Model, period: int):

@@ -12,9 +12,13 @@ import optax
 
 import localsgd_jax as lsgd
 from benchmarks import models
+from benchmarks.record import Shown
 from benchmarks.timing import alternate
 
 DEVICES = (1,)
+SHOWN = Shown(
+    "memory/minimum", ("K", "H", "parameters"), "memory / K copies and the batches"
+)
 
 
 def compiled(model: models.Model, workers: int, period: int):

@@ -24,9 +24,15 @@ from benchmarks.peers.contestants import (
     flat,
     installed,
 )
+from benchmarks.record import Shown
 from benchmarks.timing import Times, alternate, ratio
 
 DEVICES = (2,)
+SHOWN = Shown(
+    "over ours",
+    ("model", "algorithm", "contestant"),
+    "time / fused rounds of the library",
+)
 # Float32 sums in another order; an algorithm that differs is off by far more.
 TOLERANCE = 1e-3
 

@@ -8,11 +8,26 @@ import tempfile
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 LIMIT = 120.0
 ROOT = Path(__file__).parents[2]
+
+
+class Loopback:
+    """Hosts that are all this machine."""
+
+    first, interface = "localhost", "lo"
+
+    def start(self, host: int, command: Sequence[str], **more) -> subprocess.Popen:
+        """Starts a program on a host."""
+        del host
+        return subprocess.Popen(command, **more)
+
+
+LOOPBACK = Loopback()
 
 
 class Crew:
@@ -21,18 +36,21 @@ class Crew:
     They wait for a line on their standard input, so they take no time from others.
     """
 
-    def __init__(self, command: Sequence[str], ranks: int) -> None:
-        """Starts the processes and waits until they are ready."""
+    def __init__(
+        self, command: Sequence[str], ranks: int, hosts: Any = LOOPBACK
+    ) -> None:
+        """Starts the processes, one on each host, and waits until they are ready."""
         self.errors = [tempfile.TemporaryFile() for _ in range(ranks)]
         port = free_port()
         self.processes = []
         for rank, errors in enumerate(self.errors):
             own = ["--rank", str(rank), "--ranks", str(ranks)]
             self.processes.append(
-                subprocess.Popen(
+                hosts.start(
+                    rank,
                     [sys.executable, *command, *own],
                     cwd=ROOT,
-                    env=os.environ | environment(rank, ranks, port),
+                    env=os.environ | environment(rank, ranks, port, hosts),
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=errors,
@@ -89,7 +107,7 @@ class Crew:
         return f"rank {rank} ended or gave no answer in {LIMIT:.0f} s:\n{wrote[-2000:]}"
 
 
-def environment(rank: int, ranks: int, port: int) -> dict[str, str]:
+def environment(rank: int, ranks: int, port: int, hosts: Any) -> dict[str, str]:
     """What launchers of PyTorch set, and one thread for each process.
 
     JAX gets two, without which 0.10 and 0.11 may starve; with one it is faster here.
@@ -98,12 +116,12 @@ def environment(rank: int, ranks: int, port: int) -> dict[str, str]:
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "localhost",
+        "MASTER_ADDR": hosts.first,
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
         "NPROC": "2",
         "ACCELERATE_USE_CPU": "true",
-        "GLOO_SOCKET_IFNAME": "lo",
+        "GLOO_SOCKET_IFNAME": hosts.interface,
     }
 
 

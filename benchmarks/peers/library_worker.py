@@ -1,4 +1,4 @@
-"""One process of the library: one CPU device, one worker, gloo on loopback."""
+"""One process of the library: one CPU device, one worker, gloo."""
 
 import argparse
 import os
@@ -9,7 +9,11 @@ import localsgd_jax as lsgd
 from benchmarks.peers import in_jax, problem
 from benchmarks.peers.serving import own_output, serve
 
-RULES = {"average": lsgd.average, "diloco": lsgd.diloco}
+RULES = {
+    "average": lsgd.average,
+    "flat average": lambda: lsgd.flatten(lsgd.average()),
+    "diloco": lsgd.diloco,
+}
 
 
 def main() -> None:
@@ -22,7 +26,7 @@ def main() -> None:
     options, answers = parser.parse_args(), own_output()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 1)
-    address = f"localhost:{os.environ['MASTER_PORT']}"
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     jax.distributed.initialize(address, options.ranks, options.rank)
     given = problem.make(options.model, options.tiny)
     turn, look = in_jax.fused(given, RULES[options.rule]())

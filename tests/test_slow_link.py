@@ -1,0 +1,98 @@
+"""The measurement over slow links: it works, and it leaves nothing behind."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from benchmarks.slow_link import network, results
+
+ROOT = pathlib.Path(__file__).parents[1]
+COMMAND = [sys.executable, "-m", "benchmarks.slow_link", "gpt", "--tiny"]
+pytestmark = pytest.mark.skipif(
+    network.missing() is not None, reason=f"no slow links here: {network.missing()}"
+)
+
+
+def devices():
+    return sorted(path.name for path in pathlib.Path("/sys/class/net").iterdir())
+
+
+def namespaces():
+    """Network namespaces that any process is in."""
+    found = set()
+    for path in pathlib.Path("/proc").glob("[0-9]*/ns/net"):
+        try:
+            found.add(os.readlink(path))
+        except OSError:
+            continue  # The process has ended.
+    return found
+
+
+def test_a_slow_link_takes_longer_and_gives_the_same_numbers(tmp_path):
+    before = devices()
+    done = subprocess.run(
+        [*COMMAND, "--mbit", "1000", "1", "--seconds", "1", "--out", str(tmp_path)]
+        + ["--methods", "Local SGD, H = 16", "Local SGD, H = 16, beside"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = json.loads((tmp_path / "slow_link.json").read_text())["rows"]
+    time_of = {(row["method"], row["mbit"]): row["ms/step"] for row in rows}
+    assert len(time_of) == 4
+    # A hundred kB at 1 Mbit/s are most of a second, on whatever machine.
+    for method in {method for method, _ in time_of}:
+        assert time_of[method, 1] > 2 * time_of[method, 1000]
+    assert (tmp_path / "slow_link.png").stat().st_size > 10_000
+    assert devices() == before
+
+
+def test_a_killed_measurement_leaves_no_network_behind(tmp_path):
+    before = namespaces()
+    with subprocess.Popen(
+        [*COMMAND, "--out", str(tmp_path)],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as run:
+        until = time.monotonic() + 60
+        while len(namespaces() - before) < 3 and time.monotonic() < until:
+            time.sleep(0.1)
+        made = namespaces() - before
+        run.send_signal(signal.SIGKILL)
+    assert len(made) == 3
+    until = time.monotonic() + 20
+    while namespaces() & made and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not namespaces() & made
+
+
+def test_who_is_not_root_is_told(tmp_path):
+    script = "from benchmarks.slow_link import network; print(network.missing())"
+    done = subprocess.run(
+        ["setpriv", "--reuid=65534", "--clear-groups", sys.executable, "-c", script],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    if "Permission denied" in done.stderr:
+        pytest.skip("another user cannot read this Python")
+    assert done.stdout == "only root may make network namespaces\n", done.stderr
+
+
+def test_what_is_hidden_is_a_share_of_what_could_be():
+    common = {"model": "m", "mbit": 100, "s to target": 1.0, "ms/step alone": 10.0}
+    rows = [
+        common | {"method": "x", "ms/step": 30.0},
+        common | {"method": "x, beside", "ms/step": 22.0},
+    ]
+    assert results.with_ratios(rows)[1]["hidden"] == pytest.approx(0.8)

@@ -53,7 +53,7 @@ MUTANTS = {
         "launch/job.py",
         "end = matters and others",
         "end = False",
-        "test_launch.py -k ends_with_process_0",
+        "test_launch.py -k fails_ends_all",
     ),
     "leaves orphans when it is killed": Mutant(
         "launch/job.py",

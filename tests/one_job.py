@@ -7,6 +7,7 @@ Every process prints lines of JSON with its number.
 
 import json
 import os
+import pathlib
 import sys
 import time
 
@@ -146,32 +147,51 @@ def refused(name, call):
         say(case=name, kind=type(error).__name__, error=str(error))
 
 
-def scene_differ():
+def scene_differ(directory):
     """Process 1 is another one each time; then it fails for good."""
     odd = os.environ["LOCALSGD_PROCESS"] == "1"
-    differ_before_jax(odd)
+    folder = pathlib.Path(directory)
+    differ_before_jax(odd, folder)
     lsgd.initialize(timeout=60)
     foreign_visits()
     differ_at_start(odd)
-    differ_in_training(odd)
+    differ_in_training(odd, folder)
     if odd:
         raise ValueError("process 1 fails for good")
     time.sleep(600)
 
 
-def differ_before_jax(odd):
+def done(folder, name):
+    (folder / name).touch()
+
+
+def wait_for(folder, name):
+    while not (folder / name).exists():
+        time.sleep(0.02)
+
+
+def apart(folder, name, odd):
+    """Waits until both are here, without JAX."""
+    done(folder, f"{name}{int(odd)}")
+    wait_for(folder, f"{name}{int(not odd)}")
+
+
+def differ_before_jax(odd, folder):
     from localsgd_jax import distributed
 
     version = distributed.version
     distributed.version = lambda name: "9.9" if odd and name == "jax" else version(name)
     refused("version", lambda: lsgd.initialize(timeout=60))
     distributed.version = version
-    time.sleep(0.5)
+    apart(folder, "versions", odd)
     config = {"period": 8 if odd else 4}
     refused("config", lambda: lsgd.initialize(config=config, timeout=60))
-    time.sleep(2.5 if odd else 0.5)
+    apart(folder, "configs", odd)
+    if odd:
+        wait_for(folder, "given up")
     refused("late", lambda: lsgd.initialize(timeout=1))
-    time.sleep(0.5 if odd else 3)
+    done(folder, "given up")
+    apart(folder, "late", odd)
 
 
 def foreign_visits():
@@ -192,7 +212,7 @@ def differ_at_start(odd):
     refused("rule", lambda: make_cluster(rule).init(network()))
 
 
-def differ_in_training(odd):
+def differ_in_training(odd, folder):
     import jax.numpy as jnp
 
     from localsgd_jax import agreement
@@ -217,9 +237,10 @@ def differ_in_training(odd):
     refused("alike", lambda: run(evaluate=only_one))
     agreement.TIMEOUT = 2
     if odd:
-        time.sleep(4)
+        wait_for(folder, "missed")
     else:
         refused("absent", run)
+        done(folder, "missed")
 
 
 if __name__ == "__main__":

@@ -92,8 +92,9 @@ def test_a_checkpoint_of_four_processes_is_read_by_two_and_by_one(four, two, tmp
 
 
 @pytest.fixture(scope="module")
-def differing():
-    ended = launch(2, "one_job.py", "differ")
+def differing(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("meet")
+    ended = launch(2, "one_job.py", "differ", str(folder))
     return ended, said(ended)
 
 

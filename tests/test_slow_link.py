@@ -75,6 +75,11 @@ def test_a_killed_measurement_leaves_no_network_behind(tmp_path):
     assert not namespaces() & made
 
 
+def test_no_network_is_made_where_others_are():
+    with pytest.raises(RuntimeError, match="enter"):
+        network.Network(2)
+
+
 def test_who_is_not_root_is_told(tmp_path):
     script = "from benchmarks.slow_link import network; print(network.missing())"
     done = subprocess.run(

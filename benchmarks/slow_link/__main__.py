@@ -13,7 +13,6 @@ into --out; rows of other models that are there stay.
 
 import argparse
 import json
-import os
 import socket
 import statistics
 import subprocess
@@ -105,7 +104,9 @@ def pair(net: network.Network, model: str, methods: list[str]) -> Iterator[Pair]
             one.wait()
 
 
-def measured_link(both: Pair, net: network.Network, mbit: float | None) -> cost.Link:
+def measured_link(
+    both: Pair, net: network.Network, mbit: float | None, tiny: bool
+) -> cost.Link:
     """Fits a link to all-reduces on it."""
     net.throttle(mbit)
     runs = []
@@ -113,7 +114,7 @@ def measured_link(both: Pair, net: network.Network, mbit: float | None) -> cost.
         both.tell("link")
         runs.append(both.hear()["seconds"])
     seconds = [statistics.median(times) for times in zip(*runs, strict=True)]
-    return cost.fit_link(WORKERS, tasks.SIZES, seconds)
+    return cost.fit_link(WORKERS, tasks.sizes(tiny), seconds)
 
 
 def planned(method: Method, ready: dict, whole: dict, free: cost.Link) -> cost.Job:
@@ -135,7 +136,9 @@ def measure(net: network.Network, model: str, given: argparse.Namespace) -> list
     rows = []
     with pair(net, model + "-tiny" * given.tiny, given.methods) as both:
         ready = both.hear()
-        links = {x: measured_link(both, net, x) for x in (None, *given.mbit)}
+        links = {
+            x: measured_link(both, net, x, given.tiny) for x in (None, *given.mbit)
+        }
         both.tell("")
         for name in given.methods:
             method = METHODS[name]
@@ -170,7 +173,7 @@ def main() -> None:
     given = arguments()
     if reason := network.missing():
         sys.exit(f"benchmarks.slow_link: {reason}")
-    if network.INSIDE not in os.environ:
+    if not network.inside():
         for name in given.models:
             tasks.TASKS[name]()  # Fetches data while there is a network.
         network.enter([sys.executable, "-m", "benchmarks.slow_link", *sys.argv[1:]])

@@ -35,11 +35,16 @@ def missing() -> str | None:
     return tried.stderr.strip() or None
 
 
+def inside() -> bool:
+    """Returns whether this process is in another namespace than who called `enter`."""
+    return os.environ.get(INSIDE, _namespace()) != _namespace()
+
+
 def enter(command: Sequence[str]) -> None:
     """Starts this program again in a namespace of its own, unless it is in one."""
-    if INSIDE in os.environ:
+    if inside():
         return
-    os.environ[INSIDE] = "1"
+    os.environ[INSIDE] = _namespace()
     os.execvp("unshare", ["unshare", "--net", "--mount", *command])
 
 
@@ -53,7 +58,7 @@ class Network:
     first, interface = address(0), "eth0"
 
     def __init__(self, hosts: int) -> None:
-        if INSIDE not in os.environ:
+        if not inside():
             raise RuntimeError("Network(hosts): call enter(command) first")
         self.hosts = hosts
         self._held: list[subprocess.Popen] = []
@@ -113,6 +118,10 @@ class Network:
         _do(f"ip addr add {address(host)}/24 dev eth0", within)
         _do("ip link set eth0 up", within)
         _do("ip link set lo up", within)
+
+
+def _namespace() -> str:
+    return os.readlink("/proc/self/ns/net")
 
 
 def _shape(prefix: Sequence[str], device: str, mbit: float | None) -> None:

@@ -70,7 +70,6 @@ def gpt(length: int = 64) -> Task:
     return Task(draw, held_out, batch=2, rate=1e-3)
 
 
-SIZES = (1 << 16, 1 << 19, 1 << 22)  # bytes of the all-reduces that measure a link.
 TASKS = {"mlp": mlp, "gpt": gpt}
 STEPS = {"mlp": 512, "gpt": 192}
 TARGETS = {"mlp": 0.2, "gpt": 3.08}  # Held-out losses that count as trained.
@@ -83,3 +82,8 @@ def batches(task: Task, worker: int, workers: int, steps: int) -> Any:
     if isinstance(drawn, tuple):
         return tuple(x.reshape(steps, task.batch, *x.shape[1:]) for x in drawn)
     return drawn.reshape(steps, task.batch, *drawn.shape[1:])
+
+
+def sizes(tiny: bool) -> tuple[int, ...]:
+    """Bytes of the all-reduces that measure a link."""
+    return (1 << 12, 1 << 14, 1 << 16) if tiny else (1 << 16, 1 << 19, 1 << 22)

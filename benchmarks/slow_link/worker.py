@@ -3,7 +3,7 @@
     python -m benchmarks.slow_link.worker MODEL COORDINATOR WORKERS WORKER METHOD…
 
 It prints the seconds of a local step alone, and the number of parameters. For each line
-that it reads, up to an empty one, it prints the seconds of `tasks.SIZES` all-reduced.
+that it reads, up to an empty one, it prints the seconds of `tasks.sizes` all-reduced.
 Then, for each method, it reads lines "ROUNDS SCORE", up to an empty one: it trains that
 many rounds from the start, and prints the seconds that they took, and the held-out loss
 after each SCORE rounds (0: after none).
@@ -49,8 +49,8 @@ def step_alone(model, optimizer, mesh, task, worker: int, steps: int = 8) -> flo
     return statistics.median(times[1:]) / steps
 
 
-def all_reduces(mesh) -> list[Callable]:
-    """Makes a call for each of `tasks.SIZES`, compiled."""
+def all_reduces(mesh, tiny: bool) -> list[Callable]:
+    """Makes a call for each of `tasks.sizes`, compiled."""
     split = NamedSharding(mesh, P("worker"))
     total = jax.jit(
         jax.shard_map(
@@ -62,7 +62,7 @@ def all_reduces(mesh) -> list[Callable]:
     )
     rows = [
         jax.make_array_from_process_local_data(split, np.ones((1, size // 4), "f4"))
-        for size in tasks.SIZES
+        for size in tasks.sizes(tiny)
     ]
     calls = [partial(total, row) for row in rows]
     for call in calls:
@@ -108,7 +108,7 @@ def main() -> None:
     task, model = tasks.TASKS[name](), build(name, tiny)
     loss = jax.jit(model.loss)
     step = step_alone(model, optax.adamw(task.rate), mesh, task, worker)
-    reduce = all_reduces(mesh)
+    reduce = all_reduces(mesh, tiny)
     print(json.dumps({"step": step, "parameters": model.size}), flush=True)
     while sys.stdin.readline().strip():
         print(json.dumps({"seconds": [once(call) for call in reduce]}), flush=True)

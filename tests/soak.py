@@ -2,7 +2,7 @@
 
     python tests/soak.py --kills 100 --seed 0
 
-Each job trains on three or four processes and is disturbed once or twice by SIGKILL,
+Each job trains on three or four processes and is disturbed two or three times by SIGKILL,
 SIGSTOP or SIGTERM; a job that ends with process 0 is started again from its checkpoint,
 on one process less. Writes `docs/failures.json` after each job (it goes on from there
 if it is interrupted) and prints the table of `docs/failures.md`. A hundred kills take
@@ -60,7 +60,7 @@ def one_job(seed, usual):
     processes = chance.choice((3, 4))
     record = {"seed": seed, "processes": processes, "kills": [], "starts": []}
     record |= {"overlap": chance.random() < 0.25, "broken": []}
-    planned = chance.choice((1, 2))
+    planned = processes - 1
     with tempfile.TemporaryDirectory() as directory:
         while True:
             ended = one_life(chance, record, processes, planned, directory)
@@ -122,7 +122,7 @@ def strike(job, chance, gone, record):
         job.until_row(PERIOD)
     except queue.Empty:
         return None
-    time.sleep(chance.random() * 3)
+    time.sleep(chance.random() * 1.5)
     victim = chance.choice([p for p in range(len(job.started)) if p not in gone])
     kind = chance.choices(list(KINDS), list(KINDS.values()))[0]
     if job.started[victim].poll() is not None:

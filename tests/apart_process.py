@@ -44,6 +44,11 @@ def algorithm(rule):
     return lsgd.local_sgd(loss_fn, optax.adam(0.05), rule=rule)
 
 
+def keyed():
+    """An algorithm whose workers have keys."""
+    return lsgd.from_train_step(lambda state, batch: (state, {}), rule=lsgd.average())
+
+
 def start():
     return {"w": jnp.ones(4), "b": jnp.zeros(())}
 
@@ -90,7 +95,9 @@ def main(coordinator, processes, process):
     mesh = jax.make_mesh((processes,), ("worker",))
     each = WORKERS // processes
     rows = slice(process * each, (process + 1) * each)
-    found = {}
+    keys = {"params": jnp.zeros(()), "key": jax.random.key(3)}
+    keys = apart(keyed(), mesh, WORKERS).init(keys).workers["key"]
+    found = {"keys": jax.random.key_data(keys).tolist()}
     for name, rule in RULES.items():
         mine = apart(algorithm(rule()), mesh, WORKERS)
         for manner in (in_turn, beside, weighed):

@@ -574,6 +574,66 @@ MUTANTS = {
         "            pass",
         "test_adaptive.py -k run",
     ),
+    "forgets what was done while the mean travelled": Mutant(
+        "apart.py",
+        "widen(a) + (widen(x) - widen(s))",
+        "widen(a)",
+        "test_apart.py -k beside",
+    ),
+    "rounds what was not agreed on": Mutant(
+        "apart.py",
+        "jnp.where(a == s, x, moved)",
+        "moved",
+        "test_apart.py -k as_it_is_now",
+    ),
+    "gives all processes the first workers' keys": Mutant(
+        "apart.py",
+        "x[first : first + here.workers]",
+        "x[: here.workers]",
+        "test_apart.py -k keys_of_the_whole",
+    ),
+    "weighs all processes alike": Mutant(
+        "apart.py",
+        "if weigh else None",
+        "if False else None",
+        "test_apart.py -k weighed",
+    ),
+    "takes what only others have failed in": Mutant(
+        "company.py",
+        "if after == before and not failed:",
+        "if after == before and error is None:",
+        "test_apart.py -k fails_in_one_process",
+    ),
+    "leaves a process that ends to be missed": Mutant(
+        "company.py",
+        "        if after == before and not failed:",
+        "        if not failed:",
+        "test_resilient.py -k one_dies -m slow",
+    ),
+    "does not look at the clock": Mutant(
+        "resilient.py",
+        "if self.leaving or self._late():",
+        "if self.leaving:",
+        "test_resilient.py -k fewer_steps",
+    ),
+    "synchronises once more at the end": Mutant(
+        "resilient.py",
+        "            if loop.idle:\n                break\n",
+        "",
+        "test_resilient.py -k overlapping",
+    ),
+    "saves nothing when asked to go": Mutant(
+        "resilient.py",
+        "            self.code = PREEMPTED\n",
+        "            raise SystemExit(PREEMPTED)\n",
+        "test_resilient.py -k sigterm_saves",
+    ),
+    "takes the own seconds for those of all": Mutant(
+        "minutes.py",
+        "waited = work.max() - work",
+        "waited = work - work.min()",
+        "test_resilient.py -k who_waits",
+    ),
 }
 
 

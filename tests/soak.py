@@ -2,11 +2,11 @@
 
     python tests/soak.py --kills 100 --seed 0
 
-Each job trains on three or four processes and is disturbed two or three times by SIGKILL,
-SIGSTOP or SIGTERM; a job that ends with process 0 is started again from its checkpoint,
-on one process less. Writes `docs/failures.json` after each job (it goes on from there
-if it is interrupted) and prints the table of `docs/failures.md`. A hundred kills take
-about half an hour. Exits with 1 if a promise was broken.
+Each job trains on three or four processes and is disturbed two or three times, by
+SIGKILL, SIGSTOP or SIGTERM; one that ends with process 0 is started again from its
+checkpoint, on one process less. Writes `docs/failures.json` after each job (it goes on
+from there if it is interrupted), prints the table of `docs/failures.md`, and exits with
+1 if a promise was broken.
 """
 
 import argparse

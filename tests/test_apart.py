@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from apart_process import RULES, WORKERS, algorithm, batches, start
+from apart_process import RULES, WORKERS, algorithm, batches, keyed, start
 
 import localsgd_jax as lsgd
 from localsgd_jax.apart import _moved, _Part, apart, catch_up, in_background
+from localsgd_jax.company import STRIKES
 from localsgd_jax.meshes import among
 
 HERE = pathlib.Path(__file__).parent
@@ -46,6 +47,16 @@ def run(script, processes):
     lines = [line for out, _ in ended for line in out.splitlines() if line[:1] == "{"]
     assert len(lines) == processes, [err[-2000:] for _, err in ended]
     return [json.loads(line) for line in lines]
+
+
+def test_what_fails_in_one_process_is_done_again_by_all():
+    found = run("company_process.py", 3)
+    assert [row["once"] for row in found] == [2] * 3
+    assert [row["tried"] for row in found] == [[3, 3]] * 3
+    for row in found:
+        assert row["then"] == STRIKES
+        assert f"{STRIKES} attempts have failed though nobody has died" in row["error"]
+        assert "process 0: TimeoutError: no answer within 1 s" in row["error"]
 
 
 def expected(rule, manner):
@@ -91,6 +102,13 @@ def test_every_process_knows_the_mean(found, rule):
             np.testing.assert_allclose(
                 row[f"{rule} mean"][name], value, rtol=1e-5, atol=1e-6
             )
+
+
+def test_workers_start_with_the_keys_of_the_whole(found):
+    params = {"params": jnp.zeros(()), "key": jax.random.key(3)}
+    whole = lsgd.simulate(keyed(), WORKERS).init(params).workers["key"]
+    rows = np.concatenate([row["keys"] for row in found])
+    assert rows.tolist() == jax.random.key_data(whole).tolist()
 
 
 def mesh(devices):

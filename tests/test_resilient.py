@@ -141,6 +141,22 @@ def test_the_launcher_starts_again_when_process_0_dies(tmp_path, usual):
     assert first == [0] * 3 and second in ([40] * 3, [50] * 3)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_too_few_save_and_ask_to_be_started_again(tmp_path):
+    settings = {"pause": 0.01, "directory": str(tmp_path), "save_every": 10000}
+    with Job(3, steps=10000, least=3, **settings) as job:
+        job.until_row(2 * PERIOD)
+        job.send(2, signal.SIGKILL)
+        codes = job.end()
+        assert codes == [resilient.TOO_FEW] * 2 + [-signal.SIGKILL], job.tail()
+        row = [json.loads(line)["row"] for line in job.seen[0] if '"row"' in line][-1]
+    one = lsgd.simulate(algorithm(), 1)
+    with Checkpoints(tmp_path, one) as saved:
+        state, _ = saved.restore(one.init(start()))
+    assert int(state.step) == row["step"]
+
+
 def test_who_waits_for_whom_is_written_down():
     """Two processes, one of which loads its data slowly."""
     with Job(2, steps=5 * PERIOD, slow=[0.0, 0.1]) as job:
@@ -159,8 +175,8 @@ def test_a_slow_process_takes_fewer_steps_when_time_is_short():
     with Job(2, steps=4 * 8, period=8, slow=[0.0, 0.2], seconds=0.5) as job:
         assert job.end() == [0, 0], job.tail()
         steps = np.array(job.history()["steps"])
-    assert steps[:, 0].tolist() == [8] * 4
-    assert ((1 <= steps[:, 1]) & (steps[:, 1] < 8)).all(), steps
+    late = steps[1:]  # The first round compiles, in whatever time.
+    assert ((1 <= late[:, 1]) & (late[:, 1] < late[:, 0])).all(), steps
 
 
 def test_alone_it_is_train():

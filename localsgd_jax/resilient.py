@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from localsgd_jax import checks, schedules
+from localsgd_jax import agreement, checks, schedules
 from localsgd_jax.apart import Apart, catch_up, in_background
 from localsgd_jax.base import PyTree, State
 from localsgd_jax.company import Company
@@ -109,6 +109,7 @@ def train(
 
     Raises:
       CompanyError: if the living cannot go on.
+      JobError: at the start, if the processes are about to do different things.
       NonFiniteLossError: in all, when the metric "loss" of a process is not finite.
       SystemExit: with 143 or 75, as said above.
       ValueError: if an argument is out of range.
@@ -123,6 +124,7 @@ def train(
             f"train(least): there are {len(company.everyone)} processes, got {least}"
         )
     looks = Looks(evaluate, evaluate_every, field, record, save, save_every)
+    agreement.same("train()", _facts(state, pace, overlap, looks))
     minutes = Minutes(mine, company, state, looks)
     loop = _Loop(mine, company, minutes, batches, pace)
     with _on_sigterm(loop.leave):
@@ -305,6 +307,26 @@ def _on_sigterm(leave: Callable) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _facts(state: State, pace: Pace, overlap: bool, looks: Looks) -> dict:
+    """Returns what must be the same in all processes before they meet."""
+    step = int(state.step)
+    ahead = range(step + 1, step + CHUNK + 1)
+    rows = jax.tree.leaves_with_path((state.workers, state.own))
+    leaves = {jax.tree_util.keystr(p): f"{x.dtype}{list(x.shape[1:])}" for p, x in rows}
+    return {
+        "every": [i for i in ahead if pace.schedule(i)],
+        "steps": pace.steps,
+        "seconds": pace.seconds is not None,
+        "least": pace.least,
+        "overlap": overlap,
+        "evaluate_every": looks.evaluate and looks.evaluate_every,
+        "field": looks.field,
+        "save_every": looks.save and looks.save_every,
+        "state": {"step": step, "round": int(state.round)},
+        "leaves": leaves,
+    }
 
 
 def _schedule(every: int | Callable) -> Callable:

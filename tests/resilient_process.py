@@ -63,6 +63,7 @@ def disturbed(batches, seconds, last):
 def main(
     steps,
     period=5,
+    every=(),
     slow=(),
     pause=0.0,
     last=(),
@@ -77,6 +78,7 @@ def main(
     Args:
       steps: local steps of each worker.
       period: of them, in a round.
+      every: the same, for each process.
       slow: seconds that loading a batch takes, for each process.
       pause: the same for all.
       last: batches after which a process kills itself, by its number.
@@ -103,7 +105,7 @@ def main(
             mine,
             state,
             disturbed(batches, wait, dict(last).get(me)),
-            every=period,
+            every=every[me] if every else period,
             steps=steps - int(state.step),
             evaluate=evaluate,
             evaluate_every=1000,

@@ -141,6 +141,13 @@ def test_the_launcher_starts_again_when_process_0_dies(tmp_path, usual):
     assert first == [0] * 3 and second in ([40] * 3, [50] * 3)
 
 
+def test_processes_that_would_do_different_things_hear_so():
+    with Job(2, steps=10, every=[30, 40]) as job:
+        assert job.end() == [1, 1]
+        told = "train(): every: [30, 60] in process 0, [40] in process 1"
+        assert all(any(told in line for line in lines) for lines in job.seen)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_too_few_save_and_ask_to_be_started_again(tmp_path):

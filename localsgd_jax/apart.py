@@ -38,7 +38,8 @@ class Apart(NamedTuple):
       mean: `mean(tree, devices=None) -> tree`; x̄ = (1/K) Σₖ xₖ of leaves `(K here,
         ...)`, in the manner of `consensus` and with the processes of those devices.
       one: a cluster of one worker in this process, for the mean of all.
-      spread: `spread(state) -> state`; starts the workers here from a state of `one`.
+      spread: `spread(state, like=None) -> state`; starts the workers here from a state
+        of `one`; sharded ones need a state from `init` to be laid out like it.
       sent: as in `Cluster`, by one of all workers.
       first: number of the first worker here.
       devices: of all processes, in the order of the mesh.
@@ -51,7 +52,7 @@ class Apart(NamedTuple):
     agree: Callable[..., tuple[State, np.ndarray]]
     mean: Callable[..., PyTree]
     one: Cluster
-    spread: Callable[[State], State]
+    spread: Callable[..., State]
     sent: Callable[..., tuple[int, int]]
     first: int
     devices: tuple
@@ -353,7 +354,7 @@ def _init(
     return jax.jit(start, out_shardings=_shardings(here.init(shapes)))(params)
 
 
-def _spread(here: _Part, first: int, one: State) -> State:
+def _spread(here: _Part, first: int, one: State, like: State | None = None) -> State:
     """Starts the workers here from one; each but the first of all gets keys of its own.
 
     xₖ ← x
@@ -379,4 +380,5 @@ def _spread(here: _Part, first: int, one: State) -> State:
         workers=jax.tree.map(lambda x: split, one.workers),
         own=jax.tree.map(lambda x: split, one.own),
     )
+    out = out if like is None else _shardings(like)
     return jax.jit(start, out_shardings=out)(jax.device_put(one, same))

@@ -95,10 +95,10 @@ class Minutes:
         fresh = len(self.rows) > self.written
         if looks.evaluate and fresh:
             if last or self.round % looks.evaluate_every == 0:
-                self._evaluate(state, leads)
+                self._evaluate(looks.evaluate, state, leads)
         if looks.save and self.step > self.saved:
             if last or self.step // looks.save_every > self.saved // looks.save_every:
-                self._save(state, leads)
+                self._save(looks.save, state, leads)
         if looks.record and leads:
             for row in self.rows[self.written :]:
                 looks.record(row)
@@ -112,7 +112,7 @@ class Minutes:
             for name in names
         }
 
-    def _evaluate(self, state: State, leads: bool) -> None:
+    def _evaluate(self, evaluate: Callable, state: State, leads: bool) -> None:
         """Evaluates the mean of the living."""
         field = self.looks.field
         tree = state.workers
@@ -122,9 +122,9 @@ class Minutes:
         model = self.company.together(partial(self.mine.mean, tree))
         if leads:
             model = model[field] if isinstance(field, str) else model
-            self.rows[-1] |= as_numbers(self.looks.evaluate(model))
+            self.rows[-1] |= as_numbers(evaluate(model))
 
-    def _save(self, state: State, leads: bool) -> None:
+    def _save(self, save: Callable, state: State, leads: bool) -> None:
         """Saves the mean of the living, as one worker."""
         pair = (state.workers, state.own)
         means = self.company.together(partial(self.mine.mean, pair))
@@ -133,7 +133,7 @@ class Minutes:
             workers, own = jax.tree.map(lambda x: x[None], means)
             one = state._replace(workers=workers, own=own)
             dealt = (self.step - self.start) * self.mine.workers * self.batch
-            self.looks.save(one, dealt)
+            save(one, dealt)
 
     def _by_process(self, living: list[int], values: np.ndarray) -> list[float]:
         """Returns a number for each process that there was at first, NaN for others."""

@@ -182,7 +182,8 @@ class _Loop:
         self.leaving, self.code = False, 0
         rows = (_own_rows(mine, batch) for batch in batches)
         self.queue = Queue(rows, mine.here.put, ahead=1)
-        self.names, self.began = None, time.monotonic()
+        self.names: list[str] = []
+        self.began = time.monotonic()
 
     def compute(self, state: State) -> tuple[State, np.ndarray]:
         """Takes the local steps of a round; notes what the others must know."""
@@ -262,9 +263,9 @@ class _Loop:
 
     def _note(self, seen: list[tuple[int, dict]], done: int) -> np.ndarray:
         """Writes down what the others must know about this round."""
-        if self.names is None:
-            if not seen:
-                raise ValueError("train(batches): at least one is needed, got none")
+        if not self.planned > self.minutes.start:
+            raise ValueError("train(batches): at least one is needed, got none")
+        if seen:
             self.names = sorted(seen[0][1])
         numbers = [
             sum(count * means[name] for count, means in seen) / max(done, 1)

@@ -11,8 +11,11 @@ import threading
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from apart_process import RULES, WORKERS, algorithm, batches, keyed, start
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import localsgd_jax as lsgd
 from localsgd_jax.apart import _moved, _Part, apart, catch_up, in_background
@@ -113,6 +116,30 @@ def test_workers_start_with_the_keys_of_the_whole(found):
 
 def mesh(devices):
     return jax.make_mesh((devices,), ("worker",), devices=jax.devices()[:devices])
+
+
+def test_workers_may_be_sharded():
+    mesh = lsgd.worker_mesh(within={"model": 2})
+    column = NamedSharding(mesh, P(None, "model"))
+    params = {"w": jax.device_put(jnp.ones((4, 6)), column), "b": jnp.zeros(())}
+    loss = lsgd.local_sgd(
+        lambda p, b: jnp.mean((b @ p["w"] - p["b"]) ** 2),
+        optax.adam(0.1),
+        rule=lsgd.diloco(),
+    )
+    batch = np.random.default_rng(0).normal(size=(3, 4, 2, 4)).astype(np.float32)
+    mine, cluster = apart(loss, mesh), lsgd.on_mesh(loss, mesh)
+    state, _ = mine.round(mine.init(params), batch)
+    state, _ = mine.agree(state)
+    expected, _ = jax.lax.scan(cluster.step, cluster.init(params), batch)
+    expected = cluster.sync(expected)
+    for one, other in zip(*map(jax.tree.leaves, (state, expected)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+    split = P("worker", None, "model")
+    assert state.workers.params["w"].sharding.spec == split
+    assert mine.mean(state.workers.params)["w"].sharding.spec == P(None, "model")
+    again = mine.spread(mine.one.init(jax.device_get(params)), state)
+    assert again.workers.params["w"].sharding.spec == split
 
 
 def test_the_whole_is_made_of_the_pieces_without_a_copy():

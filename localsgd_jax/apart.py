@@ -278,7 +278,7 @@ class _Programs:
         return self.compiled[key]
 
 
-def _pieces(mesh: Any, x: jax.Array) -> jax.Array:
+def _pieces(mesh: Any, x: Any) -> jax.Array:
     """Makes the pieces that this process holds a leaf on that mesh, without a copy."""
     return _assembled(x.shape, NamedSharding(mesh, x.sharding.spec), x)
 
@@ -286,7 +286,7 @@ def _pieces(mesh: Any, x: jax.Array) -> jax.Array:
 def _rows(part: _Part, tree: PyTree) -> PyTree:
     """Makes the rows that this process holds rows of all workers of a part."""
 
-    def row(x: jax.Array) -> jax.Array:
+    def row(x: Any) -> jax.Array:
         # On a mesh of one device programs forget the axis of the rows.
         spec = P(part.axes, *x.sharding.spec[1:])
         shape = (part.cluster.workers, *x.shape[1:])

@@ -2,6 +2,7 @@
 
 import atexit
 import concurrent.futures
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from localsgd_jax.apart import in_background
 
 LOOK_EVERY = 0.25
 STRIKES = 3
+_numbers = itertools.count()
 
 
 class CompanyError(RuntimeError):
@@ -46,7 +48,8 @@ class Company:
         self.devices, self.timeout, self.patience = list(devices), timeout, patience
         self.everyone = sorted({device.process_index for device in devices})
         self.me = jax.process_index()
-        self.living, self.turn = list(self.everyone), 0
+        self.living, self.turn, self.number = list(self.everyone), 0, next(_numbers)
+        self.client: Any = global_state.client
         if len(self.everyone) > 1:
             atexit.register(self._leave)
 
@@ -72,7 +75,7 @@ class Company:
             self.living = sorted(before)
             result, error = self._attempt(call)
             after = self._who_lives()
-            failed = global_state.client.key_value_dir_get(self._failures())
+            failed = self.client.key_value_dir_get(self._failures())
             if after == before and not failed:
                 return result
             strikes += after == before
@@ -93,23 +96,23 @@ class Company:
                 if future.done():
                     return None, self._failed(error)
             late = time.monotonic() > deadline
-            if late or global_state.client.key_value_dir_get(self._failures()):
+            if late or self.client.key_value_dir_get(self._failures()):
                 error = TimeoutError(f"no answer within {self.timeout:g} s")
                 return None, self._failed(error) if late else None
 
     def _failed(self, error: Exception) -> Exception:
         """Tells the others, who may wait for ever for what has failed here."""
         reason = f"process {self.me}: {type(error).__name__}: {error}".splitlines()[0]
-        global_state.client.key_value_set(f"{self._failures()}{self.me}", reason)
+        self.client.key_value_set(f"{self._failures()}{self.me}", reason)
         return error
 
     def _failures(self) -> str:
         """Returns where in the store those stand who have failed in this turn."""
-        return f"localsgd/company/{self.turn}/"
+        return f"localsgd/company/{self.number}/{self.turn}/"
 
     def _who_lives(self) -> dict[int, int]:
         """Waits for all who live; returns them with a number for each start."""
-        asked = in_background(global_state.client.get_live_nodes, self.everyone)
+        asked = in_background(self.client.get_live_nodes, self.everyone)
         try:
             living = asked.result(self.patience)
         except TimeoutError:
@@ -128,8 +131,9 @@ class Company:
 
     def _leave(self) -> None:
         """Ends process 0 last: the others do not outlive its service."""
+        if global_state.client is None:  # Another company has left before.
+            return
         if self.me == 0:
-            client = global_state.client
-            gone = in_background(client.get_live_nodes, self.everyone)
+            gone = in_background(self.client.get_live_nodes, self.everyone)
             concurrent.futures.wait([gone], self.patience)
         jax.distributed.shutdown()

@@ -56,6 +56,7 @@ def test_what_fails_in_one_process_is_done_again_by_all():
     found = run("company_process.py", 3)
     assert [row["once"] for row in found] == [2] * 3
     assert [row["tried"] for row in found] == [[3, 3]] * 3
+    assert [row["again"] for row in found] == [3] * 3
     for row in found:
         assert row["then"] == STRIKES
         assert f"{STRIKES} attempts have failed though nobody has died" in row["error"]

@@ -150,6 +150,20 @@ def test_processes_that_would_do_different_things_hear_so():
 
 @pytest.mark.slow
 @pytest.mark.timeout(200)
+def test_who_wakes_up_too_late_ends_and_disturbs_nobody():
+    with Job(3, steps=600, pause=0.01) as job:
+        job.until_row(2 * PERIOD)
+        job.send(2, signal.SIGSTOP)
+        while job.until_row(0)["alive"] == 3:
+            pass
+        job.send(2, signal.SIGCONT)
+        assert job.end() == [0, 0, 1], job.tail()
+        assert any("CompanyError" in line for line in job.seen[2])
+        assert job.history()["alive"][-1] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
 def test_too_few_save_and_ask_to_be_started_again(tmp_path):
     settings = {"pause": 0.01, "directory": str(tmp_path), "save_every": 10000}
     with Job(3, steps=10000, least=3, **settings) as job:

@@ -181,8 +181,11 @@ def main() -> None:
     place = record.machine()
     with network.Network(WORKERS) as net:
         rows = [row for model in given.models for row in measure(net, model, given)]
-        beside = beside_torch.compare(net, given.mbit, given.tiny)
-    rows += results.others(given.out, given.models)
+        beside = []
+        if beside_torch.MODEL in given.models:
+            beside = beside_torch.compare(net, given.mbit, given.tiny)
+    rows += results.others(given.out, given.models, "rows")
+    beside += results.others(given.out, given.models, "beside")
     results.write(given.out, {"machine": place, "rows": rows, "beside": beside})
 
 

@@ -10,6 +10,7 @@ from benchmarks.peers.crew import Crew
 from benchmarks.slow_link.network import Network
 from benchmarks.timing import alternate, ratio
 
+MODEL = "mlp"
 OURS, THEIRS = "library", "torch PostLocalSGDOptimizer"
 
 
@@ -24,7 +25,7 @@ def compare(net: Network, links: list[float], tiny: bool) -> list[dict]:
     Returns:
       A row for each link.
     """
-    given = problems.make("mlp", tiny)
+    given = problems.make(MODEL, tiny)
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         problems.save(given, Path(folder))

@@ -61,6 +61,7 @@ METHODS = {
     "Local SGD, H = 16": Method(average, 16),
     "Local SGD, H = 64": Method(average, 64),
     "Local SGD, H = 16, beside": Method(average, 16, beside=True),
+    "Local SGD, H = 64, beside": Method(average, 64, beside=True),
     "DiLoCo, H = 32": Method(diloco, 32),
     "DiLoCo, 4 bits, H = 32": Method(four_bits, 32, bits=4),
     "streaming DiLoCo, H = 32": Method(streaming, 8, pieces=4),

@@ -104,6 +104,8 @@ def draw(directory: Path, rows: list[dict]) -> None:
                 )
             axes.set_xscale("log")
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("{x:g}")
             axes.axhline(TARGETS[model], color="0.6", linewidth=1)
             figures.finish(
                 axes, f"{model}, {mbit:g} Mbit/s", "seconds", "held-out loss"
@@ -113,10 +115,10 @@ def draw(directory: Path, rows: list[dict]) -> None:
     figures.save(figure, directory, "slow_link")
 
 
-def others(directory: Path, models: list[str]) -> list[dict]:
+def others(directory: Path, models: list[str], part: str) -> list[dict]:
     """Returns the rows of other models that an earlier run has written there."""
     path = directory / "slow_link.json"
-    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    rows = json.loads(path.read_text())[part] if path.exists() else []
     return [one for one in rows if one["model"] not in models]
 
 
@@ -124,7 +126,7 @@ def write(directory: Path, result: dict) -> None:
     """Writes what was measured as JSON, as a table and as a picture."""
     (directory / "slow_link.json").write_text(json.dumps(result, indent=2) + "\n")
     tables = (with_ratios(result["rows"]), result["beside"])
-    text = "\n\n".join(map(record.table, tables)) + "\n"
+    text = "\n\n".join(record.table(rows) for rows in tables if rows) + "\n"
     (directory / "slow_link.txt").write_text(text)
     print(text)
     draw(directory, result["rows"])

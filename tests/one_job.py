@@ -229,7 +229,9 @@ def differ_in_training(odd, folder):
     def only_one(w):
         return jnp.sum(w["out"]) / 0
 
+    run(every=lambda step: step % 4 == 0)  # Has another address in each process.
     refused("schedule", lambda: run(every=8 if odd else 4))
+    refused("beats", lambda: run(every=lambda step: step % (2 + odd) == 0))
     refused("rate", lambda: run(rate=0.04 if odd else 0.02))
     refused("batch", lambda: run(batch=2 if odd else 4))
     refused("evaluate", lambda: run(evaluate=fails))

@@ -109,6 +109,7 @@ def differing(tmp_path_factory):
         ("values", "init(params): params.['in']: "),
         ("rule", "init(params): rule: "),
         ("schedule", 'every: "every(4)" in process 0, "every(8)" in process 1'),
+        ("beats", 'every: "[2, 4, 6, '),
         ("rate", "train(): program.local step: "),
         ("batch", "train(): batch.[0]: "),
     ],

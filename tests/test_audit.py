@@ -42,8 +42,8 @@ def test_what_may_talk_and_does_so(name, kind):
         ("noisy", "step", "jnp.mean"),
         ("noisy", "gated", "jnp.mean"),
         ("counter", "gated", "cluster.sync_if"),
-        ("gated", "step", "pmean"),
-        ("fused", "gated", "pmean"),
+        ("gated", "step", "psum"),
+        ("fused", "gated", "psum"),
         ("noisy_loop", "round", "cluster.sync(state)"),
     ],
 )

@@ -1,5 +1,6 @@
 """What is refused, in the words of the call that was made."""
 
+import math
 import numbers
 
 import jax
@@ -17,6 +18,15 @@ def integer(call: str, name: str, value: int, least: int) -> int:
     if value < least:
         raise ValueError(f"{call}: {name} must be at least {least}, got {value}")
     return int(value)
+
+
+def positive(call: str, name: str, value: float) -> float:
+    """Returns the value as a float; refuses what is not finite and above 0."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{call}: {name} must be a number, got {value!r}")
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{call}: {name} must be finite and above 0, got {value}")
+    return float(value)
 
 
 def leading(

@@ -114,9 +114,10 @@ def train(
       SystemExit: with 143 or 75, as said above.
       ValueError: if an argument is out of range.
     """
-    checks.integer("train(evaluate_every)", "evaluate_every", evaluate_every, 1)
-    checks.integer("train(save_every)", "save_every", save_every, 1)
-    checks.integer("train(least)", "least", least, 1)
+    _check_counts(
+        steps=steps, evaluate_every=evaluate_every, save_every=save_every, least=least
+    )
+    _check_seconds(seconds=seconds, timeout=timeout, patience=patience)
     pace = Pace(_schedule(every), steps, seconds, least)
     company = Company(mine.devices, timeout, patience)
     if least > len(company.everyone):
@@ -275,6 +276,20 @@ class _Loop:
         ended = self.planned >= self.end or not self.queue.ready()
         work = time.monotonic() - self.began
         return np.array([done, work, ended, self.leaving, *numbers], np.float32)
+
+
+def _check_counts(**numbers: int | None) -> None:
+    """Refuses counts below 1, but for the steps, of which there may be 0 or no end."""
+    for name, number in numbers.items():
+        if name != "steps" or number is not None:
+            checks.integer(f"train({name})", name, number, int(name != "steps"))
+
+
+def _check_seconds(**numbers: float | None) -> None:
+    """Refuses times that are not finite and above 0; only `seconds` may be None."""
+    for name, number in numbers.items():
+        if name != "seconds" or number is not None:
+            checks.positive(f"train({name})", name, number)
 
 
 def _own_rows(mine: Apart, batch: PyTree) -> PyTree:

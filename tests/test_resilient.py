@@ -318,11 +318,20 @@ def test_sigterm_saves_and_ends():
         ({"least": 0}, r"train\(least\): least must be at least 1, got 0"),
         ({"save_every": 0}, r"train\(save_every\): save_every must be at least 1"),
         ({"evaluate_every": 0}, r"train\(evaluate_every\): evaluate_every must be"),
+        ({"steps": 2.5}, r"train\(steps\): steps must be an int, got 2.5"),
+        ({"steps": "a"}, r"train\(steps\): steps must be an int, got 'a'"),
+        ({"steps": -1}, r"train\(steps\): steps must be at least 0, got -1"),
+        ({"seconds": "x"}, r"train\(seconds\): seconds must be a number, got 'x'"),
+        ({"seconds": 0}, r"train\(seconds\): seconds must be finite and above 0"),
+        ({"timeout": np.nan}, r"train\(timeout\): timeout must be finite and above"),
+        ({"timeout": 0}, r"train\(timeout\): timeout must be finite and above 0"),
+        ({"patience": np.inf}, r"train\(patience\): patience must be finite and"),
     ],
 )
+@pytest.mark.timeout(60)
 def test_what_is_refused(options, message):
     mine = alone()
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         resilient.train(
             mine, mine.init(start()), dealt(), **({"every": 4, "steps": 8} | options)
         )

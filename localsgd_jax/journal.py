@@ -14,6 +14,7 @@ from localsgd_jax.base import Cluster, Notes, PyTree, State
 from localsgd_jax.consensus import consensus
 
 History = dict[str, np.ndarray]
+COLUMNS = ("step", "round", "bytes", "seconds")
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -141,8 +142,8 @@ class Journal:
         return as_numbers(self.evaluate(model))
 
     def history(self) -> History:
-        """Returns the rows as columns."""
-        names = dict.fromkeys(name for row in self.rows for name in row)
+        """Returns the rows as columns; those that every row has also without one."""
+        names = dict.fromkeys([*COLUMNS, *(name for row in self.rows for name in row)])
         return {
             name: np.array([row.get(name, math.nan) for row in self.rows])
             for name in names

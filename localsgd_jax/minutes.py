@@ -13,9 +13,16 @@ from localsgd_jax import fields
 from localsgd_jax.apart import Apart
 from localsgd_jax.base import PyTree, State
 from localsgd_jax.company import Company
-from localsgd_jax.journal import History, NonFiniteLossError, as_numbers, notes
+from localsgd_jax.journal import (
+    COLUMNS,
+    History,
+    NonFiniteLossError,
+    as_numbers,
+    notes,
+)
 
 STEPS, WORK, ENDED, LEAVING, METRICS = range(5)
+EACH = ("work", "waited", "steps")
 
 
 class Looks(NamedTuple):
@@ -106,9 +113,13 @@ class Minutes:
 
     def history(self) -> History:
         """Returns the rows as columns; what each process has had is (R, N)."""
-        names = dict.fromkeys(name for row in self.rows for name in row)
+        always = (*COLUMNS, "alive", "slowest", "exchange", *EACH)
+        names = dict.fromkeys([*always, *(name for row in self.rows for name in row)])
+        shapes = dict.fromkeys(EACH, (len(self.company.everyone),))
         return {
-            name: np.array([row.get(name, math.nan) for row in self.rows])
+            name: np.array([row.get(name, math.nan) for row in self.rows]).reshape(
+                len(self.rows), *shapes.get(name, ())
+            )
             for name in names
         }
 

@@ -341,3 +341,15 @@ def test_without_batches_there_is_no_training():
     mine = alone()
     with pytest.raises(ValueError, match="at least one is needed, got none"):
         resilient.train(mine, mine.init(start()), [], every=4)
+
+
+def test_a_run_that_is_complete_has_all_columns_and_no_row():
+    mine = alone()
+    state, history = resilient.train(
+        mine, mine.init(start()), dealt(), every=4, steps=0
+    )
+    _, done = resilient.train(mine, state, dealt(), every=4, steps=4)
+    assert history.keys() == done.keys() - {"loss"}
+    assert {name: x.shape for name, x in history.items()} == {
+        name: (0, *done[name].shape[1:]) for name in history
+    }

@@ -1,7 +1,5 @@
 """The processes that live, and what they do together though any may die."""
 
-import atexit
-import concurrent.futures
 import itertools
 import time
 from collections.abc import Callable, Sequence
@@ -50,8 +48,6 @@ class Company:
         self.me = jax.process_index()
         self.living, self.turn, self.number = list(self.everyone), 0, next(_numbers)
         self.client: Any = global_state.client
-        if len(self.everyone) > 1:
-            atexit.register(self._leave)
 
     def together(self, call: Callable[[list], Any]) -> Any:
         """Calls a function with the devices of all living processes, in each of them.
@@ -128,12 +124,3 @@ class Company:
         if self.me not in living:
             raise CompanyError("together(): this process counts as dead")
         return living
-
-    def _leave(self) -> None:
-        """Ends process 0 last: the others do not outlive its service."""
-        if global_state.client is None:  # Another company has left before.
-            return
-        if self.me == 0:
-            gone = in_background(self.client.get_live_nodes, self.everyone)
-            concurrent.futures.wait([gone], self.patience)
-        jax.distributed.shutdown()

@@ -1,5 +1,7 @@
 """A run on more than one process: how they find each other, and whose data is whose."""
 
+import atexit
+import concurrent.futures
 import importlib.metadata
 import os
 import sys
@@ -11,12 +13,15 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-# JAX has no public names for its detection of clusters and for whether it has started.
+# JAX has no public names for its detection of clusters, for the client of its
+# coordination service, and for whether it has started.
 from jax._src.clusters import ClusterEnv
+from jax._src.distributed import global_state
 from jax._src.xla_bridge import backends_are_initialized
 
 from localsgd_jax import agreement, checks, rollcall
 from localsgd_jax.agreement import JobError
+from localsgd_jax.apart import in_background
 from localsgd_jax.base import Cluster
 from localsgd_jax.processes import own_rows
 
@@ -80,9 +85,10 @@ def initialize(
       bind: HOST:PORT at which process 0 listens; if None the loopback interface for
         a coordinator on this machine, and else all interfaces.
       config: what must be the same everywhere, such as the options of the program.
-      timeout: seconds to wait for a process that is late, here and later.
+      timeout: seconds to wait for a process that is late, here, later and at the end.
       heartbeat: seconds after which a process that is not heard of counts as dead.
-      recoverable: whether the others survive the death of a process other than 0.
+      recoverable: whether the others survive the death of a process other than 0,
+        which then waits for them at its end.
 
     Returns:
       How many processes there are.
@@ -133,6 +139,8 @@ def initialize(
             f"{reason}"
         ) from error
     _leave_on_errors()
+    if recoverable:
+        atexit.register(_leave_last, place.processes, timeout)
     return place.processes
 
 
@@ -260,6 +268,17 @@ def version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
+
+
+def _leave_last(processes: int, patience: float) -> None:
+    """Ends process 0 after the others, whom JAX kills when its service ends."""
+    if global_state.client is None:  # The program has left by itself.
+        return
+    if jax.process_index() == 0:
+        everyone = list(range(processes))
+        asked = in_background(global_state.client.get_live_nodes, everyone)
+        concurrent.futures.wait([asked], patience)
+    jax.distributed.shutdown()
 
 
 def _leave_on_errors() -> None:

@@ -49,6 +49,8 @@ def run(script, processes):
             one.kill()
     lines = [line for out, _ in ended for line in out.splitlines() if line[:1] == "{"]
     assert len(lines) == processes, [err[-2000:] for _, err in ended]
+    codes = [one.returncode for one in started]
+    assert codes == [0] * processes, [err[-2000:] for _, err in ended]
     return [json.loads(line) for line in lines]
 
 
@@ -61,6 +63,10 @@ def test_what_fails_in_one_process_is_done_again_by_all():
         assert row["then"] == STRIKES
         assert f"{STRIKES} attempts have failed though nobody has died" in row["error"]
         assert "process 0: TimeoutError: no answer within 1 s" in row["error"]
+
+
+def test_process_0_of_a_recoverable_job_ends_last():
+    assert [row["process"] for row in run("last_process.py", 3)] == [0, 1, 2]
 
 
 def expected(rule, manner):

@@ -42,6 +42,7 @@ class Apart(NamedTuple):
         of `one`; sharded ones need a state from `init` to be laid out like it.
       sent: as in `Cluster`, by one of all workers.
       first: number of the first worker here.
+      owners: of each worker, in their order, the process that holds it.
       devices: of all processes, in the order of the mesh.
     """
 
@@ -55,6 +56,7 @@ class Apart(NamedTuple):
     spread: Callable[..., State]
     sent: Callable[..., tuple[int, int]]
     first: int
+    owners: tuple[int, ...]
     devices: tuple
 
 
@@ -120,7 +122,8 @@ def apart(
     everyone = tuple(mesh.devices.flat)
     here = part(tuple(d for d in everyone if d in jax.local_devices()))
     programs = _Programs(part, here, everyone)
-    first = _places(part(everyone)).index(_places(here)[0]) * per_place
+    owners = np.repeat(_places(part(everyone)), per_place).tolist()
+    first = owners.index(_places(here)[0])
     return Apart(
         here.cluster,
         whole.workers,
@@ -132,6 +135,7 @@ def apart(
         partial(_spread, here, first),
         whole.sent,
         first,
+        tuple(owners),
         everyone,
     )
 

@@ -21,7 +21,7 @@ from jax._src.xla_bridge import backends_are_initialized
 
 from localsgd_jax import agreement, checks, rollcall
 from localsgd_jax.agreement import JobError
-from localsgd_jax.apart import in_background
+from localsgd_jax.apart import Apart, in_background
 from localsgd_jax.base import Cluster
 from localsgd_jax.processes import own_rows
 
@@ -144,14 +144,15 @@ def initialize(
     return place.processes
 
 
-def own_workers(cluster: Cluster) -> np.ndarray:
+def own_workers(cluster: Cluster | Apart) -> np.ndarray:
     """Returns the workers whose data this process feeds.
 
     Batches may have rows for all K workers, of which each process takes its own, or
     only for these, in this order.
 
     Args:
-      cluster: where the workers live.
+      cluster: where the workers live, or what `apart` has made of them; its `here`
+        counts from 0 in every process.
 
     Returns:
       Their numbers, ascending; all K where there is one process.
@@ -164,6 +165,8 @@ def own_workers(cluster: Cluster) -> np.ndarray:
       >>> own_workers(lsgd.simulate(algorithm, workers=3))
       array([0, 1, 2])
     """
+    if isinstance(cluster, Apart):
+        return np.flatnonzero(np.array(cluster.owners) == jax.process_index())
     row = cluster.put(jax.ShapeDtypeStruct((cluster.workers,), np.float32))
     return own_rows(row.sharding, cluster.workers)
 

@@ -159,4 +159,5 @@ class Minutes:
             return
         loss = metrics[:, names.index("loss")]
         wrong = [p for p, x in zip(living, loss, strict=True) if not np.isfinite(x)]
-        raise NonFiniteLossError(row["step"], wrong, self.history(), state)
+        workers = [k for k, owner in enumerate(self.mine.owners) if owner in wrong]
+        raise NonFiniteLossError(row["step"], workers, self.history(), state)

@@ -110,7 +110,8 @@ def train(
     Raises:
       CompanyError: if the living cannot go on.
       JobError: at the start, if the processes are about to do different things.
-      NonFiniteLossError: in all, when the metric "loss" of a process is not finite.
+      NonFiniteLossError: in all, when the mean of the metric "loss" over a round of a
+        process is not finite; it names all workers of that process.
       SystemExit: with 143 or 75, as said above.
       ValueError: if an argument is out of range.
     """

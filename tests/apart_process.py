@@ -105,6 +105,7 @@ def main(coordinator, processes, process):
             params = jax.tree.map(lambda x: np.asarray(x).tolist(), state.workers)
             found[f"{name} {manner.__name__}"] = params.params
         mean = mine.mean(state.workers.params)
+        found["own"] = lsgd.own_workers(mine).tolist()
         found[f"{name} mean"] = jax.tree.map(lambda x: np.asarray(x).tolist(), mean)
     print(json.dumps(found), flush=True)
     jax.distributed.shutdown()

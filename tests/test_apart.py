@@ -104,6 +104,12 @@ def test_processes_apart_have_the_numbers_of_the_whole(found, rule, manner):
         np.testing.assert_allclose(rows, there[name], rtol=1e-5, atol=1e-6)
 
 
+def test_processes_know_which_of_all_workers_are_theirs(found):
+    half = WORKERS // 2
+    own = [row["own"] for row in found]
+    assert own == [list(range(half)), list(range(half, WORKERS))]
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_every_process_knows_the_mean(found, rule):
     there = lsgd.consensus(expected(RULES[rule](), "weighed"))

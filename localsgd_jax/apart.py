@@ -34,7 +34,9 @@ class Apart(NamedTuple):
         synchronisation of all processes of those devices, or of all, each of which
         calls it. A process's note, `(M,)` numbers, travels along: `notes`, `(N, M)`,
         has a row for each process. With `weigh` the first number of a note is the
-        weight of each of its workers. Waits until it is done.
+        weight of each of its workers. All make their calls in the same order, with
+        notes of one length and the same `weigh`. Waits until it is done, without a
+        time limit of its own.
       mean: `mean(tree, devices=None) -> tree`; x̄ = (1/K) Σₖ xₖ of leaves `(K here,
         ...)`, in the manner of `consensus` and with the processes of those devices.
       one: a cluster of one worker in this process, for the mean of all.
@@ -240,7 +242,9 @@ class _Programs:
         weigh: bool = False,
     ) -> tuple[State, np.ndarray]:
         """Synchronises with the processes of those devices."""
-        there = self.part(tuple(devices or self.everyone))
+        if weigh:
+            _check_weight(note)
+        there = self.part(self.living("agree", devices))
 
         def meet(state: State, notes: jax.Array) -> tuple[State, jax.Array]:
             each = there.cluster.workers // len(notes)
@@ -256,7 +260,7 @@ class _Programs:
 
     def mean(self, tree: PyTree, devices: Sequence | None = None) -> PyTree:
         """Averages over the workers of those devices."""
-        there = self.part(tuple(devices or self.everyone))
+        there = self.part(self.living("mean", devices))
 
         def mean(tree: PyTree) -> PyTree:
             zero = jnp.int32(0)
@@ -268,6 +272,16 @@ class _Programs:
         )
         averaged = jax.block_until_ready(self.compile("mean", mean, kept)(whole))
         return jax.tree.map(partial(_pieces, self.here.mesh), averaged)
+
+    def living(self, call: str, devices: Sequence | None) -> tuple:
+        """Returns the devices that take part, all if None; refuses to be left out."""
+        there = self.everyone if devices is None else tuple(devices)
+        if not set(self.here.mesh.devices.flat) <= set(there):
+            raise ValueError(
+                f"{call}(devices): those of this process must be among them, got "
+                f"devices of the processes {sorted({d.process_index for d in there})}"
+            )
+        return there
 
     def compile(self, name: str, program: Callable, out: PyTree) -> Callable:
         """Returns the program of that name with those shardings, compiled once.
@@ -321,6 +335,16 @@ def _noted(part: _Part, note: Sequence[float] | np.ndarray) -> jax.Array:
         sharding,
         [jax.device_put(row, device) for device in here],
     )
+
+
+def _check_weight(note: Sequence[float] | np.ndarray) -> None:
+    """Refuses a note whose first number is no weight."""
+    first = np.asarray(note, np.float32)[:1]
+    if not (first.size and np.isfinite(first) and first >= 0):
+        raise ValueError(
+            "agree(weigh): the first number of the note must be a weight, finite and "
+            f"not negative, got {list(note)}"
+        )
 
 
 def _shardings(tree: PyTree) -> PyTree:

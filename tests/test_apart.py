@@ -170,6 +170,27 @@ def test_the_whole_is_made_of_the_pieces_without_a_copy():
             )
 
 
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"weigh": True}, r"agree\(weigh\): the first number .* weight.*, got \[\]"),
+        ({"weigh": True, "note": [-1.0]}, r"agree\(weigh\): .* not negative, got \[-1"),
+        ({"weigh": True, "note": [np.nan]}, r"agree\(weigh\): .* finite .*, got \[nan"),
+        (
+            {"devices": []},
+            r"agree\(devices\): those of this process must .*, got .*\[\]",
+        ),
+    ],
+)
+def test_meetings_that_cannot_be_are_refused(options, message):
+    mine = apart(algorithm(lsgd.average()), mesh(2), 4)
+    state = mine.init(start())
+    with pytest.raises(ValueError, match=message):
+        mine.agree(state, **options)
+    with pytest.raises(ValueError, match=r"mean\(devices\): those of this process"):
+        mine.mean(state.workers.params, jax.devices()[:1])
+
+
 def test_a_process_holds_whole_places():
     with pytest.raises(ValueError, match="no place of .* has all its devices among"):
         among(mesh(4), [])

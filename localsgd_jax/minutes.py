@@ -115,10 +115,10 @@ class Minutes:
         """Returns the rows as columns; what each process has had is (R, N)."""
         always = (*COLUMNS, "alive", "slowest", "exchange", *EACH)
         names = dict.fromkeys([*always, *(name for row in self.rows for name in row)])
-        shapes = dict.fromkeys(EACH, (len(self.company.everyone),))
+        rows, everyone = len(self.rows), len(self.company.everyone)
         return {
             name: np.array([row.get(name, math.nan) for row in self.rows]).reshape(
-                len(self.rows), *shapes.get(name, ())
+                (rows, everyone) if name in EACH else (rows,)
             )
             for name in names
         }

@@ -8,12 +8,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from localsgd_jax import agreement, checks, schedules
+from localsgd_jax import agreement, checks, processes, schedules
 from localsgd_jax.apart import Apart, catch_up, in_background
 from localsgd_jax.base import PyTree, State
 from localsgd_jax.company import Company
@@ -88,12 +89,14 @@ def train(
         steps; None: all take as many.
       overlap: whether the mean travels while the next round is computed, as
         `lsgd.overlap` has it.
-      evaluate: from the mean model to a number or a dict of them; in process 0.
+      evaluate: from the mean model to a number or a dict of them. Given in all
+        processes, as is `save`, and called in process 0.
       evaluate_every: rounds whose number is a multiple are evaluated, and the last.
       field: what `evaluate` gets, as in `consensus`.
       record: called in process 0 with each row of the history.
-      save: called in process 0 with a state of one worker, the mean of all (`mine.one`
-        is its cluster), and the examples dealt since the call began.
+      save: given in all processes and called in process 0, with a state of one worker,
+        the mean of all (`mine.one` is its cluster), and the examples dealt since the
+        call began.
       save_every: local steps after which the next round's end is saved, as is the end.
       least: with fewer processes all end with exit code 75, after a checkpoint.
       timeout: seconds that a synchronisation may take once all who live are there.
@@ -279,14 +282,14 @@ class _Loop:
         return np.array([done, work, ended, self.leaving, *numbers], np.float32)
 
 
-def _check_counts(**numbers: int | None) -> None:
+def _check_counts(**numbers: Any) -> None:
     """Refuses counts below 1, but for the steps, of which there may be 0 or no end."""
     for name, number in numbers.items():
         if name != "steps" or number is not None:
             checks.integer(f"train({name})", name, number, int(name != "steps"))
 
 
-def _check_seconds(**numbers: float | None) -> None:
+def _check_seconds(**numbers: Any) -> None:
     """Refuses times that are not finite and above 0; only `seconds` may be None."""
     for name, number in numbers.items():
         if name != "seconds" or number is not None:
@@ -332,17 +335,23 @@ def _facts(state: State, pace: Pace, overlap: bool, looks: Looks) -> dict:
     ahead = range(step + 1, step + CHUNK + 1)
     rows = jax.tree.leaves_with_path((state.workers, state.own))
     leaves = {jax.tree_util.keystr(p): f"{x.dtype}{list(x.shape[1:])}" for p, x in rows}
+    first = jax.tree.map(
+        lambda x: None if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x[0],
+        state.workers,
+    )
     return {
         "every": [i for i in ahead if pace.schedule(i)],
-        "steps": pace.steps,
+        "steps": pace.steps if pace.steps is None else int(pace.steps),
         "seconds": pace.seconds is not None,
-        "least": pace.least,
+        "least": int(pace.least),
         "overlap": overlap,
-        "evaluate_every": looks.evaluate and looks.evaluate_every,
+        "evaluate_every": int(looks.evaluate_every) if looks.evaluate else None,
         "field": looks.field,
-        "save_every": looks.save and looks.save_every,
+        "save_every": int(looks.save_every) if looks.save else None,
         "state": {"step": step, "round": int(state.round)},
         "leaves": leaves,
+        # Later the workers of different processes need not be equal.
+        "start": processes.described(first) if step == 0 else {},
     }
 
 

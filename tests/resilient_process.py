@@ -43,8 +43,8 @@ def algorithm():
     return lsgd.local_sgd(loss_fn, optax.adam(0.02), rule=lsgd.average())
 
 
-def start():
-    return {"w": jnp.zeros(8)}
+def start(value=0.0):
+    return {"w": jnp.full(8, value)}
 
 
 def evaluate(params):
@@ -64,6 +64,7 @@ def main(
     steps,
     period=5,
     every=(),
+    begin=(),
     slow=(),
     pause=0.0,
     last=(),
@@ -79,6 +80,7 @@ def main(
       steps: local steps of each worker.
       period: of them, in a round.
       every: the same, for each process.
+      begin: parameters, for each process.
       slow: seconds that loading a batch takes, for each process.
       pause: the same for all.
       last: batches after which a process kills itself, by its number.
@@ -92,7 +94,8 @@ def main(
     lsgd.initialize(heartbeat=heartbeat, recoverable=True, timeout=60)
     me = jax.process_index()
     mine = apart(algorithm(), lsgd.worker_mesh(), WORKERS)
-    state, dealt, save = mine.init(start()), 0, None
+    state = mine.init(start(*begin[me : me + 1]))
+    dealt, save = 0, None
     with contextlib.ExitStack() as stack:
         if directory:
             saved = stack.enter_context(Checkpoints(directory, mine.one, alone=True))

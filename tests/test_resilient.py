@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -141,11 +142,20 @@ def test_the_launcher_starts_again_when_process_0_dies(tmp_path, usual):
     assert first == [0] * 3 and second in ([40] * 3, [50] * 3)
 
 
-def test_processes_that_would_do_different_things_hear_so():
-    with Job(2, steps=10, every=[30, 40]) as job:
+@pytest.mark.parametrize(
+    "settings, told",
+    [
+        ({"every": [30, 40]}, r"train\(\): every: \[30, 60\] in process 0, \[40\] in "),
+        ({"begin": [0.0, 1.0]}, r"train\(\): start\.\S*w\S*: .* in process 0, .* in "),
+    ],
+)
+def test_processes_that_would_do_different_things_hear_so(settings, told):
+    with Job(2, steps=10, **settings) as job:
         assert job.end() == [1, 1]
-        told = "train(): every: [30, 60] in process 0, [40] in process 1"
-        assert all(any(told in line for line in lines) for lines in job.seen)
+        for lines in job.seen:
+            assert any(re.search(told + "process 1", line) for line in lines), (
+                job.tail()
+            )
 
 
 @pytest.mark.slow

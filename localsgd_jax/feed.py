@@ -39,7 +39,9 @@ class Queue:
 
     def _shapes(self, batch: PyTree) -> tuple:
         """Returns what stacked leaves must share; refuses another structure."""
-        structure = jax.tree.structure(batch)
+        leaves, structure = jax.tree.flatten(batch)
+        if not leaves:
+            raise ValueError(f"train(batches): a batch must hold arrays, got {batch!r}")
         if self.first is None:
             self.first = structure
         if structure != self.first:
@@ -47,10 +49,7 @@ class Queue:
                 "train(batches): all batches must have one structure, got "
                 f"{structure} after {self.first}"
             )
-        return tuple(
-            (np.shape(leaf), jax.dtypes.result_type(leaf))
-            for leaf in jax.tree.leaves(batch)
-        )
+        return tuple((np.shape(leaf), jax.dtypes.result_type(leaf)) for leaf in leaves)
 
 
 def _stack(*leaves: jax.Array | np.ndarray) -> jax.Array | np.ndarray:

@@ -118,6 +118,12 @@ def test_steps_bound_an_endless_stream():
     assert (int(state.step), int(state.round), len(read)) == (10, 3, 10)
 
 
+def test_batches_without_arrays_are_refused():
+    verbs = cluster("simulate", "average")
+    with pytest.raises(ValueError, match="a batch must hold arrays, got None"):
+        lsgd.train(verbs, verbs.init(network()), [None], every=4, progress=False)
+
+
 def test_no_batches_change_nothing():
     verbs = cluster("simulate", "average")
     before = verbs.init(network())

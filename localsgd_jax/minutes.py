@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ import numpy as np
 from localsgd_jax import fields
 from localsgd_jax.apart import Apart
 from localsgd_jax.base import PyTree, State
-from localsgd_jax.company import Company
+from localsgd_jax.company import Company, CompanyError
 from localsgd_jax.journal import (
     COLUMNS,
     History,
@@ -107,8 +108,9 @@ class Minutes:
             if last or self.step // looks.save_every > self.saved // looks.save_every:
                 self._save(looks.save, state, leads)
         if looks.record and leads:
-            for row in self.rows[self.written :]:
-                looks.record(row)
+            with self._heard():
+                for row in self.rows[self.written :]:
+                    looks.record(row)
         self.written = len(self.rows)
 
     def history(self) -> History:
@@ -133,7 +135,8 @@ class Minutes:
         model = self.company.together(partial(self.mine.mean, tree))
         if leads:
             model = model[field] if isinstance(field, str) else model
-            self.rows[-1] |= as_numbers(evaluate(model))
+            with self._heard():
+                self.rows[-1] |= as_numbers(evaluate(model))
 
     def _save(self, save: Callable, state: State, leads: bool) -> None:
         """Saves the mean of the living, as one worker."""
@@ -144,7 +147,18 @@ class Minutes:
             workers, own = jax.tree.map(lambda x: x[None], means)
             one = state._replace(workers=workers, own=own)
             dealt = (self.step - self.start) * self.mine.workers * self.batch
-            save(one, dealt)
+            with self._heard():
+                save(one, dealt)
+
+    @contextmanager
+    def _heard(self) -> Iterator[None]:
+        """Lets an error of this process end the others, who are told the reason."""
+        try:
+            yield
+        except Exception as error:
+            with suppress(CompanyError):
+                self.company.together(partial(_raise, error))
+            raise
 
     def _by_process(self, living: list[int], values: np.ndarray) -> list[float]:
         """Returns a number for each process that there was at first, NaN for others."""
@@ -161,3 +175,8 @@ class Minutes:
         wrong = [p for p, x in zip(living, loss, strict=True) if not np.isfinite(x)]
         workers = [k for k, owner in enumerate(self.mine.owners) if owner in wrong]
         raise NonFiniteLossError(row["step"], workers, self.history(), state)
+
+
+def _raise(error: Exception, devices: list) -> None:
+    """Fails where the others wait."""
+    raise error

@@ -111,7 +111,8 @@ def train(
       that it stood there until the slowest came; "steps", local steps in the round.
 
     Raises:
-      CompanyError: if the living cannot go on.
+      CompanyError: if the living cannot go on; in the others, if `evaluate`, `record`
+        or `save` fails in process 0 and a meeting follows.
       JobError: at the start, if the processes are about to do different things.
       NonFiniteLossError: in all, when the mean of the metric "loss" over a round of a
         process is not finite; it names all workers of that process.
@@ -298,8 +299,8 @@ def _check_seconds(**numbers: Any) -> None:
 
 def _own_rows(mine: Apart, batch: PyTree) -> PyTree:
     """Returns the rows of this process's workers, if there are others."""
-    leading = np.shape(jax.tree.leaves(batch)[0])[:1]
-    if leading != (mine.workers,):
+    leading = [np.shape(leaf)[:1] for leaf in jax.tree.leaves(batch)[:1]]
+    if leading != [(mine.workers,)]:
         return batch
     rows = slice(mine.first, mine.first + mine.here.workers)
     return jax.tree.map(lambda x: x[rows], batch)

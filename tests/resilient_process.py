@@ -51,6 +51,10 @@ def evaluate(params):
     return {"error": loss_fn(params, data())}
 
 
+def fails(params):
+    raise OSError("no table")
+
+
 def disturbed(batches, seconds, last):
     """Loads data slowly, and not more than so many batches in its first life."""
     for i, batch in enumerate(batches):
@@ -65,6 +69,7 @@ def main(
     period=5,
     every=(),
     begin=(),
+    broken=False,
     slow=(),
     pause=0.0,
     last=(),
@@ -81,6 +86,7 @@ def main(
       period: of them, in a round.
       every: the same, for each process.
       begin: parameters, for each process.
+      broken: whether `evaluate` fails.
       slow: seconds that loading a batch takes, for each process.
       pause: the same for all.
       last: batches after which a process kills itself, by its number.
@@ -110,8 +116,8 @@ def main(
             disturbed(batches, wait, dict(last).get(me)),
             every=every[me] if every else period,
             steps=steps - int(state.step),
-            evaluate=evaluate,
-            evaluate_every=1000,
+            evaluate=fails if broken else evaluate,
+            evaluate_every=1 if broken else 1000,
             record=lambda row: print(json.dumps({"row": row}), flush=True),
             save=save,
             save_every=save_every,

@@ -188,6 +188,14 @@ def test_too_few_save_and_ask_to_be_started_again(tmp_path):
     assert int(state.step) == row["step"]
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+def test_what_fails_in_process_0_is_told_to_the_others(overlap):
+    with Job(2, steps=100, broken=True, overlap=overlap) as job:
+        assert job.end(timeout=60) == [1, 1], job.tail()
+        assert job.seen[0][-1] == "OSError: no table"
+        assert "process 0: OSError: no table" in job.seen[1][-1]
+
+
 def test_who_waits_for_whom_is_written_down():
     """Two processes, one of which loads its data slowly."""
     with Job(2, steps=5 * PERIOD, slow=[0.0, 0.1]) as job:
@@ -364,3 +372,10 @@ def test_a_run_that_is_complete_has_all_columns_and_no_row():
     assert {name: x.shape for name, x in history.items()} == {
         name: (0, *done[name].shape[1:]) for name in history
     }
+
+
+@pytest.mark.parametrize("batch", [None, {}])
+def test_batches_without_arrays_are_refused(batch):
+    mine = alone()
+    with pytest.raises(ValueError, match=rf"a batch must hold arrays, got {batch}"):
+        resilient.train(mine, mine.init(start()), [batch], every=4)

@@ -3,6 +3,7 @@
 import itertools
 import math
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -186,6 +187,7 @@ class _Loop:
         self.end = self.step + (math.inf if pace.steps is None else pace.steps)
         self.over, self.idle = self.step >= self.end, False
         self.leaving, self.code = False, 0
+        self.there = set(company.everyone)
         rows = (_own_rows(mine, batch) for batch in batches)
         self.queue = Queue(rows, mine.here.put, ahead=1)
         self.names: list[str] = []
@@ -232,8 +234,10 @@ class _Loop:
         living = list(self.company.living)
         if notes[:, STEPS].any():
             self.minutes.add(self.step, living, notes, self.names, seconds, state)
+        leaving = [p for p, note in zip(living, notes, strict=True) if note[LEAVING]]
+        self._tell(living, leaving)
         if not self.over:
-            self._decide(living, notes)
+            self._decide(living, leaving, notes)
         self.minutes.look(state, self.over)
         self.began = time.monotonic()
         return state
@@ -242,9 +246,20 @@ class _Loop:
         """Asks for the end after the next meeting."""
         self.leaving = True
 
-    def _decide(self, living: list[int], notes: np.ndarray) -> None:
+    def _tell(self, living: list[int], leaving: list[int]) -> None:
+        """Says in process 0 who is not there any more, and why."""
+        lost, self.there = self.there - set(living), set(living) - set(leaving)
+        reasons = dict.fromkeys(
+            sorted(lost), "has died, or its heartbeats have stopped"
+        )
+        reasons |= dict.fromkeys(leaving, "has got SIGTERM")
+        for process, reason in reasons.items():
+            if self.company.me == 0:
+                text = f"train(): from step {self.step} on without process {process}"
+                print(f"{text}: it {reason}", file=sys.stderr, flush=True)
+
+    def _decide(self, living: list[int], leaving: list[int], notes: np.ndarray) -> None:
         """Ends the run where all know a reason; leaves alone if only this one must."""
-        leaving = [p for p, note in zip(living, notes, strict=True) if note[LEAVING]]
         if living[0] in leaving:
             self.code = PREEMPTED
         elif self.company.me in leaving:

@@ -96,6 +96,8 @@ def test_the_others_go_on_when_one_dies_or_hangs(processes, kind, seed, overlap,
     assert [codes[process] for process in others] == [0] * (processes - 1), job.tail()
     assert codes[victim] == (-signal.SIGKILL if kind == "SIGKILL" else None)
     check(job.history(), usual, processes - 1)
+    told = rf"from step \d+ on without process {victim}: it has died, or its heartbeats"
+    assert sum(bool(re.search(told, line)) for line in job.seen[0]) == 1
     for process in others:
         history = job.history(process)
         assert history["step"] == job.history()["step"]
@@ -113,6 +115,8 @@ def test_who_is_asked_to_go_goes_after_a_meeting(tmp_path, usual):
             pass
         job.send(0, signal.SIGTERM)
         assert job.end() == [resilient.PREEMPTED] * 3, job.tail()
+        told = [line.split(" on ")[1] for line in job.seen[0] if "train():" in line]
+        assert told == [f"without process {p}: it has got SIGTERM" for p in (1, 0)]
         last = [json.loads(line)["row"] for line in job.seen[0] if '"row"' in line][-1]
     with Job(2, steps=last["step"] + STEPS, **settings) as job:
         assert job.end() == [0, 0], job.tail()

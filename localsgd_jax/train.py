@@ -102,14 +102,7 @@ def train(
     # Counted from the first round of all, so that a run that was interrupted looks,
     # saves and cuts its dispatches where it would have done without.
     until_look = look_every - journal.round % look_every
-    told = (
-        _beats(schedule, start, chunk),
-        steps,
-        weight,
-        look_every,
-        save and save_every,
-        chunk,
-    )
+    told = (schedule, steps, weight, look_every, save and save_every, chunk)
     _compare(cluster, state, queue, journal, told)
     with open_bar(journal.leads and progress, steps, batches) as journal.bar:
         while limit := queue.ready():
@@ -248,8 +241,10 @@ def _compare(
         "local step": (cluster.step, batch),
         "sync": (cluster.sync, settings[2]),
     }
+    schedule, *rest, chunk = settings
+    told = (_beats(schedule, journal.step, chunk), *rest, chunk)
     facts = {
-        **dict(zip(names, map(str, settings), strict=True)),
+        **dict(zip(names, map(str, told), strict=True)),
         "state": {"step": journal.step, "round": journal.round},
         "leaves": processes.described(state),
         "batch": processes.described(batch),

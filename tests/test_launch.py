@@ -121,6 +121,16 @@ def test_elastic_jobs_end_with_process_0(capfd):
     assert not capfd.readouterr().out
 
 
+def test_elastic_jobs_end_although_a_process_is_stuck(capfd):
+    program = (
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        f"if me == 1: os.kill(os.getpid(), signal.SIGSTOP)\nif me: {SLEEP}"
+    )
+    assert launch(program, processes=3, elastic=True, grace=0.3) == 0
+    said = "process 0 ended with 0 0.3 s ago; ending the others"
+    assert said in capfd.readouterr().err
+
+
 def test_a_job_that_failed_starts_again(capfd):
     program = (
         "turn = int(os.environ['LOCALSGD_RESTARTS'])\n"

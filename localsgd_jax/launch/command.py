@@ -59,7 +59,9 @@ def launch(
     The program begins with localsgd_jax.initialize(), by which its processes find each
     other. Their lines come with the number of the process in front. SIGINT, SIGTERM
     and SIGHUP are passed on, at the second time as SIGKILL. When a process fails the
-    others are ended; none is left behind, however the launcher ends.
+    others are ended; none is left behind, however the launcher ends. With --elastic the
+    others end when process 0 has ended with 0: asked after --grace seconds, killed
+    after as many again.
 
     Exits with the code of the first process that failed (with --elastic that of
     process 0), 128 + n if signal n ended it, and with 0 if none did.

@@ -81,7 +81,7 @@ class Run:
         """Starts nothing yet."""
         self.settings, self.turn = settings, turn
         self.events: queue.SimpleQueue = queue.SimpleQueue()
-        self.planned: list[tuple[float, int]] = []
+        self.planned: list[tuple[float, int, str]] = []
         self.asked, self.code = False, 0
 
     def to_the_end(self) -> int:
@@ -139,6 +139,8 @@ class Run:
             running.discard(number)
             if code:
                 self._failed(number, 128 - code if code < 0 else code, bool(running))
+            elif number == 0 and running and self.settings.elastic:
+                self._finished()
         for copier in copiers:
             # A process that left the group may hold a pipe for ever.
             copier.join(timeout=2)
@@ -152,7 +154,10 @@ class Run:
             try:
                 return self.events.get(timeout=left)
             except queue.Empty:
-                self._signal(self.planned.pop(0)[1])
+                _, number, why = self.planned.pop(0)
+                if why:
+                    say(why)
+                self._signal(number)
 
     def _failed(self, number: int | None, code: int, others: bool) -> None:
         """Notes the code of the job, and ends the other processes if they must."""
@@ -168,15 +173,23 @@ class Run:
             # What failed there may have failed here, too, and is worth reading.
             self._end(signal.SIGTERM, LAST_WORDS)
 
+    def _finished(self) -> None:
+        """Lets nobody hold up a job whose process 0 is done, such as one that hangs."""
+        if not self.planned:
+            grace = self.settings.grace
+            why = f"process 0 ended with 0 {grace:g} s ago; ending the others"
+            self._end(signal.SIGTERM, grace, why)
+
     def _pass_on(self, number: int, frame: object) -> None:
         """Passes a signal on; kills at the second one."""
         self._end(signal.SIGKILL if self.asked else number)
         self.asked = True
 
-    def _end(self, number: int, pause: float = 0) -> None:
+    def _end(self, number: int, pause: float = 0, why: str = "") -> None:
         """Asks all processes to end, after a pause, and kills them later."""
         now = time.monotonic() + pause
-        self.planned = [(now, number), (now + self.settings.grace, signal.SIGKILL)]
+        kill = (now + self.settings.grace, signal.SIGKILL, "")
+        self.planned = [(now, number, why), kill]
         self.events.put((None, 0))  # Wakes up the one who waits.
 
     def _signal(self, number: int) -> None:

@@ -208,6 +208,34 @@ def test_no_orphans_when_the_launcher_is_killed():
         assert gone(pids)
 
 
+LEFT = (
+    "import subprocess\nos.setsid()\n"
+    "child = subprocess.Popen(['sleep', '60'])\n"
+    "print(os.getpid(), child.pid, flush=True)\n"
+)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=str)
+def test_who_has_left_the_group_is_ended_too(number):
+    """SIGKILL goes to the launcher itself, and its guard ends those who are left."""
+    deaf = "for n in (1, 2, 15): signal.signal(n, signal.SIG_IGN)\n"
+    with start(deaf + LEFT + SLEEP, "--grace", "0.5") as started:
+        pids = [pid for line in first_lines(started, 2) for pid in line.split()[1:]]
+        assert len(pids) == 4 and not gone(pids, 0)
+        started.send_signal(number)
+        started.wait(20)
+        assert gone(pids)
+
+
+def test_who_has_left_the_group_hears_signals():
+    hear = "signal.signal(15, lambda *_: os._exit(7))\n"
+    with start(hear + LEFT.replace("'60'", "'1'") + SLEEP) as started:
+        first_lines(started, 2)
+        started.terminate()
+        started.communicate(timeout=20)
+    assert started.returncode == 7
+
+
 def test_no_orphans_when_a_program_leaves_some():
     program = "import subprocess\nprint(subprocess.Popen(['sleep', '60']).pid)"
     with start(program) as started:

@@ -1,5 +1,6 @@
 """Starts the processes of a job, passes signals on, and ends all of them."""
 
+import contextlib
 import os
 import queue
 import random
@@ -19,13 +20,22 @@ FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PORTS = range(20000, 32768)
 LAST_WORDS = 1.0
 # All processes join the group of this one, which outlives the launcher by a moment:
-# when nobody holds the other end of its pipe any more, it kills the group.
+# when nobody holds the other end of its pipe any more, it kills the group. Each line
+# in the pipe is a process that has started or, at the second time, ended.
 GUARD = """
-import os, signal
+import os, signal, sys
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, signal.SIG_IGN)
 os.write(1, b"!")
-os.read(0, 1)
+running = set()
+for line in sys.stdin.buffer:
+    running ^= {int(line)}
+for pid in running:
+    try:
+        kill = os.killpg if os.getpgid(pid) == pid else os.kill
+        kill(pid, signal.SIGKILL)
+    except OSError:
+        pass
 os.killpg(0, signal.SIGKILL)
 """
 
@@ -82,6 +92,7 @@ class Run:
         self.settings, self.turn = settings, turn
         self.events: queue.SimpleQueue = queue.SimpleQueue()
         self.planned: list[tuple[float, int, str]] = []
+        self.started: list[subprocess.Popen] = []
         self.asked, self.code = False, 0
 
     def to_the_end(self) -> int:
@@ -89,14 +100,15 @@ class Run:
         with _guard() as self.guard:
             before = {n: signal.signal(n, self._pass_on) for n in FORWARDED}
             try:
-                self._follow(self._start())
+                self._start()
+                self._follow()
             finally:
                 self._signal(signal.SIGKILL)
                 for number, handler in before.items():
                     signal.signal(number, handler)
         return self.code
 
-    def _start(self) -> list[subprocess.Popen]:
+    def _start(self) -> None:
         """Starts the processes in the group of the guard."""
         port = free_port()
         shared = {
@@ -108,8 +120,8 @@ class Run:
             "PYTHONUNBUFFERED": "1",
             "NPROC": os.environ.get("NPROC", _threads(self.settings.devices)),
         }
-        return [
-            subprocess.Popen(
+        for number in range(self.settings.processes):
+            one = subprocess.Popen(
                 self.settings.command,
                 env=os.environ | shared | _own(number, self.settings.devices),
                 stdin=subprocess.DEVNULL,
@@ -117,11 +129,18 @@ class Run:
                 stderr=subprocess.PIPE,
                 process_group=self.guard.pid,
             )
-            for number in range(self.settings.processes)
-        ]
+            self.started.append(one)
+            self._note(one)
 
-    def _follow(self, started: list[subprocess.Popen]) -> None:
+    def _note(self, one: subprocess.Popen) -> None:
+        """Tells the guard who has started or ended."""
+        if pipe := self.guard.stdin:
+            with contextlib.suppress(BrokenPipeError):  # It may have been killed.
+                os.write(pipe.fileno(), b"%d\n" % one.pid)
+
+    def _follow(self) -> None:
         """Copies output and waits until every process has ended."""
+        started = self.started
         copiers = [
             output.copy(source, sink, f"[{number}] ", self.events)
             for number, one in enumerate(started)
@@ -136,7 +155,9 @@ class Run:
         running = set(range(len(started)))
         while running:
             number, code = self._next()
-            running.discard(number)
+            if number is not None:
+                running.discard(number)
+                self._note(started[number])
             if code:
                 self._failed(number, 128 - code if code < 0 else code, bool(running))
             elif number == 0 and running and self.settings.elastic:
@@ -193,11 +214,13 @@ class Run:
         self.events.put((None, 0))  # Wakes up the one who waits.
 
     def _signal(self, number: int) -> None:
-        """Sends a signal to the group."""
-        try:
+        """Sends a signal to the group, and to those who have left it."""
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.guard.pid, number)
-        except ProcessLookupError:
-            pass
+        for one in self.started:
+            with contextlib.suppress(ProcessLookupError):
+                if one.returncode is None and os.getpgid(one.pid) != self.guard.pid:
+                    _signal_leaver(one, number)
 
 
 def say(text: str) -> None:
@@ -207,6 +230,14 @@ def say(text: str) -> None:
       text: what.
     """
     print(f"localsgd launch: {text}", file=sys.stderr, flush=True)
+
+
+def _signal_leaver(one: subprocess.Popen, number: int) -> None:
+    """Sends a signal to a process outside the group; SIGKILL to a group of its own."""
+    if number == signal.SIGKILL and os.getpgid(one.pid) == one.pid:
+        os.killpg(one.pid, number)
+    else:
+        one.send_signal(number)
 
 
 def free_port() -> int:

@@ -1,6 +1,7 @@
 """`localsgd launch` with real processes, signals and exit codes; no JAX in them."""
 
 import pathlib
+import shlex
 import signal
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import time
 
 import pytest
 
-from localsgd_jax.launch import job
+from localsgd_jax.launch import job, output
 
 PYTHON = [sys.executable, "-I", "-S", "-c"]
 ME = "import os, sys, time, signal; me = int(os.environ['LOCALSGD_PROCESS'])\n"
@@ -251,6 +252,82 @@ def test_nobody_who_reads():
         started.stdout.read(2000)
         started.stdout.close()
         assert started.wait(30) == 128 + signal.SIGPIPE
+
+
+def test_a_reader_that_is_slow_gets_everything():
+    program = "print('x' * 300_000, flush=True)\nprint('end')"
+    with start(program) as started:
+        time.sleep(job.LAST_LINES + 2)
+        assert started.poll() is None
+        out = started.communicate(timeout=30)[0]
+    assert started.returncode == 0
+    assert sorted(map(len, out.splitlines())) == [7, 7, 300_004, 300_004]
+
+
+def test_strangers_who_hold_pipes_cost_one_pause():
+    """However many they are."""
+    program = (
+        "import subprocess\n"
+        "subprocess.Popen(['sleep', '60'], start_new_session=True)\nprint('end')"
+    )
+    with start(program, "-n", "4") as started:
+        out = first_lines(started, 4)
+        begin = time.monotonic()
+        # Its own pipes end with it, those of the strangers do not.
+        assert started.wait(30) == 0
+        assert time.monotonic() - begin < 2 * job.LAST_LINES
+    assert out == [f"[{i}] end\n" for i in range(4)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"a\nbb\r\nc\rd\r\r\n\ne", b"\r1/3\r2/3\r", b"\r", b"", b"\n", b"x\r\n\r"],
+)
+def test_lines_are_the_same_wherever_they_are_cut(text):
+    whole = sum(output.whole_lines([text]), [])
+    for i in range(len(text) + 1):
+        for j in range(i, len(text) + 1):
+            cut = output.whole_lines([text[:i], text[i:j], text[j:]])
+            assert sum(cut, []) == whole
+    assert b"".join(whole).removesuffix(b"\n") == text.removesuffix(b"\n")
+
+
+def test_no_byte_of_a_long_line_is_looked_at_often(monkeypatch):
+    ends, looked = output._ENDS, []
+
+    class Counted:
+        def split(self, text):
+            looked.append(len(text))
+            return ends.split(text)
+
+    monkeypatch.setattr(output, "_ENDS", Counted())
+    (line,) = sum(output.whole_lines([b"x" * 1000] * 1000), [])
+    assert len(line) == 1_000_001 and sum(looked) == 1_000_000
+
+
+@pytest.mark.parametrize(
+    "where, named",
+    [
+        (
+            "> /dev/full",
+            "localsgd launch: cannot write the output: [Errno 28] No space",
+        ),
+        (">&-", "Error: launch: the standard output is closed"),
+        ("2>&- >&-", ""),
+        ("> /dev/full 2> /dev/full", ""),
+    ],
+)
+def test_output_that_nobody_takes_is_a_failure(where, named):
+    command = [sys.executable, "-m", "localsgd_jax", "launch", "-n", "1", "--", "echo"]
+    done = subprocess.run(
+        f"exec {shlex.join([*command, 'lost'])} {where}",
+        shell=True,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith(named) and done.stderr.count("\n") == bool(named)
 
 
 def test_help_shows_an_example():

@@ -6,6 +6,7 @@ import sys
 import click
 
 from localsgd_jax.launch import job
+from localsgd_jax.launch.output import say
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
@@ -66,14 +67,14 @@ def launch(
     Exits with the code of the first process that failed (with --elastic that of
     process 0), 128 + n if signal n ended it, and with 0 if none did.
     """
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")
+    if sys.stdout is None:
+        raise click.ClickException("launch: the standard output is closed")
     settings = job.Settings(command, processes, devices, elastic, restarts, grace)
     try:
         code = job.launch(settings)
     except OSError as error:
-        job.say(f"cannot start {command[0]!r}: {error.strerror}")
+        say(f"cannot start {command[0]!r}: {error.strerror}")
         code = 127 if isinstance(error, FileNotFoundError) else 126
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)

@@ -13,12 +13,13 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from localsgd_jax.launch import output
+from localsgd_jax.launch.output import Copier, say
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Below the range from which the kernel takes ports for outgoing connections.
 PORTS = range(20000, 32768)
 LAST_WORDS = 1.0
+LAST_LINES = 2.0
 # All processes join the group of this one, which outlives the launcher by a moment:
 # when nobody holds the other end of its pipe any more, it kills the group. Each line
 # in the pipe is a process that has started or, at the second time, ended.
@@ -142,7 +143,7 @@ class Run:
         """Copies output and waits until every process has ended."""
         started = self.started
         copiers = [
-            output.copy(source, sink, f"[{number}] ", self.events)
+            Copier(source, sink, f"[{number}] ", self.events)
             for number, one in enumerate(started)
             for source, sink in ((one.stdout, sys.stdout), (one.stderr, sys.stderr))
             if source
@@ -162,9 +163,18 @@ class Run:
                 self._failed(number, 128 - code if code < 0 else code, bool(running))
             elif number == 0 and running and self.settings.elastic:
                 self._finished()
-        for copier in copiers:
-            # A process that left the group may hold a pipe for ever.
-            copier.join(timeout=2)
+        self._hear_out(copiers)
+
+    def _hear_out(self, copiers: list[Copier]) -> None:
+        """Waits for the last lines, unless a signal comes meanwhile."""
+        self.planned = []
+        deadline = time.monotonic() + LAST_LINES
+        while not self.planned and not all(one.ended(deadline) for one in copiers):
+            time.sleep(0.01)
+        while not self.events.empty():
+            _, code = self.events.get()
+            if code:
+                self._failed(None, 128 - code if code < 0 else code, False)
 
     def _next(self) -> tuple[int | None, int]:
         """Waits for the end of a process; sends signals whose time has come."""
@@ -221,15 +231,6 @@ class Run:
             with contextlib.suppress(ProcessLookupError):
                 if one.returncode is None and os.getpgid(one.pid) != self.guard.pid:
                     _signal_leaver(one, number)
-
-
-def say(text: str) -> None:
-    """Writes a line of the launcher's own.
-
-    Args:
-      text: what.
-    """
-    print(f"localsgd launch: {text}", file=sys.stderr, flush=True)
 
 
 def _signal_leaver(one: subprocess.Popen, number: int) -> None:

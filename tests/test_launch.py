@@ -33,6 +33,16 @@ def start(program, *options):
     )
 
 
+@pytest.fixture(autouse=True)
+def heeds_signals():
+    """Also where the tests run in the background or under nohup."""
+    heard = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, heard[number]) for number in heard}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def first_lines(started, count):
     return sorted(started.stdout.readline() for _ in range(count))
 
@@ -175,6 +185,21 @@ def test_signals_are_passed_on(number):
         started.send_signal(number)
         out, err = started.communicate(timeout=30)
     assert sorted(out.splitlines()) == [f"[{i}] saved {int(number)}" for i in (0, 1)]
+    assert (started.returncode, err) == (0, "")
+
+
+def test_what_nohup_ignores_stays_ignored():
+    program = "print('ready', flush=True)\ntime.sleep(1)\nprint('done')"
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        started = start(program)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    with started:
+        first_lines(started, 2)
+        started.send_signal(signal.SIGHUP)
+        out, err = started.communicate(timeout=30)
+    assert sorted(out.splitlines()) == ["[0] done", "[1] done"]
     assert (started.returncode, err) == (0, "")
 
 
@@ -328,6 +353,31 @@ def test_output_that_nobody_takes_is_a_failure(where, named):
     )
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith(named) and done.stderr.count("\n") == bool(named)
+
+
+def test_options_after_the_program_are_the_programs_own():
+    command = [sys.executable, "-m", "localsgd_jax", "launch", "-n", "2", *PYTHON]
+    own = ["-n", "3", "--grace", "x", "--help"]
+    done = subprocess.run(
+        [*command, "import sys; print(sys.argv[1:])", *own],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert sorted(done.stdout.splitlines()) == [f"[0] {own}", f"[1] {own}"]
+
+
+@pytest.mark.parametrize("grace", ["nan", "inf", "-1", "1e300"])
+def test_times_that_never_come_are_refused(grace):
+    from click.testing import CliRunner
+
+    from localsgd_jax.cli import cli
+
+    done = CliRunner().invoke(cli, ["launch", "-n", "1", "--grace", grace, "true"])
+    assert done.exit_code == 1
+    named = "--grace must be from 0 to 1e+06 seconds, got"
+    assert done.output.startswith(f"Error: {named}") and done.output.count("\n") == 1
 
 
 def test_help_shows_an_example():

@@ -8,8 +8,19 @@ import click
 from localsgd_jax.launch import job
 from localsgd_jax.launch.output import say
 
+LONGEST = 1e6
 
-@click.command(context_settings={"ignore_unknown_options": True})
+
+def _seconds(context: click.Context, option: click.Parameter, value: float) -> float:
+    """Checks a time that a computer can wait."""
+    if not 0 <= value <= LONGEST:
+        raise click.ClickException(
+            f"--grace must be from 0 to {LONGEST:g} seconds, got {value:g}"
+        )
+    return value
+
+
+@click.command(context_settings={"allow_interspersed_args": False})
 @click.option(
     "-n",
     "--processes",
@@ -41,7 +52,8 @@ from localsgd_jax.launch.output import say
     "--grace",
     default=30.0,
     show_default=True,
-    type=click.FloatRange(0),
+    type=float,
+    callback=_seconds,
     help="Seconds from asking processes to end until they are killed.",
 )
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
@@ -59,10 +71,10 @@ def launch(
 
     The program begins with localsgd_jax.initialize(), by which its processes find each
     other. Their lines come with the number of the process in front. SIGINT, SIGTERM
-    and SIGHUP are passed on, at the second time as SIGKILL. When a process fails the
-    others are ended; none is left behind, however the launcher ends. With --elastic the
-    others end when process 0 has ended with 0: asked after --grace seconds, killed
-    after as many again.
+    and SIGHUP are passed on, at the second time as SIGKILL, unless the launcher was
+    started to ignore them (nohup). When a process fails the others are ended; none is
+    left behind, however the launcher ends. With --elastic the others end when process
+    0 has ended with 0: asked after --grace seconds, killed after as many again.
 
     Exits with the code of the first process that failed (with --elastic that of
     process 0), 128 + n if signal n ended it, and with 0 if none did.

@@ -99,7 +99,9 @@ class Run:
     def to_the_end(self) -> int:
         """Starts all processes and waits for them; returns the exit code of the job."""
         with _guard() as self.guard:
-            before = {n: signal.signal(n, self._pass_on) for n in FORWARDED}
+            # What `nohup` ignores stays ignored, here and in the processes.
+            heeded = [n for n in FORWARDED if signal.getsignal(n) != signal.SIG_IGN]
+            before = {n: signal.signal(n, self._pass_on) for n in heeded}
             try:
                 self._start()
                 self._follow()

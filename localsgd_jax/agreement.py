@@ -5,7 +5,9 @@ through the key-value store of JAX's coordination service, which knows time limi
 """
 
 import collections
+import hashlib
 import json
+import reprlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,6 +18,9 @@ import jax
 from jax._src.distributed import global_state
 
 TIMEOUT = 300.0
+# So that facts fit into the line of a roll call, and differences into its answer.
+LARGE = 1 << 15
+SHOWN = 200
 _calls: collections.Counter = collections.Counter()
 _NOTHING = "nothing"
 
@@ -125,10 +130,69 @@ def differences(said: Mapping[int, Mapping]) -> list[str]:
         for process, facts in flat.items():
             who[facts.get(name, _NOTHING)].append(process)
         if len(who) > 1:
-            parts = [f"{value} in {listed(owners)}" for value, owners in who.items()]
+            parts = [f"{_shown(x)} in {listed(owners)}" for x, owners in who.items()]
             lines.append(f"{name}: {', '.join(parts)}")
     more = [f"and {len(lines) - 5} more"] if len(lines) > 5 else []
     return lines[:5] + more
+
+
+def plain(call: str, config: Mapping) -> dict:
+    """Returns settings as JSON gives them back, large ones as their fingerprints.
+
+    Args:
+      call: for the message.
+      config: anything that JSON can hold, under names.
+
+    Returns:
+      As many settings; where they are too long for a line, one for all.
+
+    Raises:
+      TypeError: if it is no mapping, or JSON cannot hold a value or its name.
+
+    Example:
+      >>> plain("initialize(config)", {"H": (4, 8)})
+      {'H': [4, 8]}
+    """
+    if not isinstance(config, Mapping):
+        raise TypeError(f"{call}: it must be a mapping, got {_line(config)}")
+    found = {}
+    for name, value in config.items():
+        try:
+            found |= json.loads(json.dumps({name: value}))
+        except (TypeError, ValueError, RecursionError):
+            raise TypeError(
+                f"{call}: JSON must be able to hold every value, got {_line(value)} "
+                f"for {_line(name)}"
+            ) from None
+    for shorter in (_fingerprints, _fingerprint):
+        if len(json.dumps(found)) > LARGE:
+            found = shorter(found)
+    return found
+
+
+def _fingerprints(config: Mapping) -> dict[str, str]:
+    """Returns the fingerprint of each value."""
+    return {
+        name: _shown(json.dumps(value, sort_keys=True))
+        for name, value in config.items()
+    }
+
+
+def _fingerprint(config: Mapping) -> dict[str, str]:
+    """Returns one fingerprint for all."""
+    return {f"all {len(config)}": _shown(json.dumps(config, sort_keys=True))}
+
+
+def _shown(text: str) -> str:
+    """Returns a text, or its beginning and what tells it from others."""
+    if len(text) <= SHOWN:
+        return text
+    return f"{text[:40]}… (sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]})"
+
+
+def _line(value: object) -> str:
+    """Returns what a value looks like, in part and in one line."""
+    return " ".join(reprlib.repr(value).split())
 
 
 def _collect(

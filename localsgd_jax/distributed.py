@@ -3,6 +3,8 @@
 import atexit
 import concurrent.futures
 import importlib.metadata
+import math
+import numbers
 import os
 import sys
 import time
@@ -35,6 +37,7 @@ SETTINGS = (
 )
 # Process 0 holds the service without which the others cannot say what went wrong.
 LAST_WORDS = 2.0
+LONGEST = 1e6
 
 
 class Place(NamedTuple):
@@ -95,7 +98,8 @@ def initialize(
 
     Raises:
       JobError: if the processes do not come together; it names the difference.
-      ValueError: if only some of the three are given, or one is out of range.
+      TypeError: if a number is none, or `config` holds what JSON cannot.
+      ValueError: if only some of the three are given, or a number is out of range.
       RuntimeError: if JAX has started already.
 
     Example:
@@ -103,6 +107,9 @@ def initialize(
       >>> lsgd.initialize()
       1
     """
+    checks.integer("initialize(heartbeat)", "heartbeat", heartbeat, 1)
+    _check_timeout(timeout)
+    plain = agreement.plain("initialize(config)", config or {})
     place = _place(coordinator, processes, process, timeout)
     if place is None or place.processes == 1:
         return 1
@@ -116,7 +123,7 @@ def initialize(
     jax.config.update("jax_enable_recoverability", recoverable)
     agreement.TIMEOUT = timeout
     door = bind or os.environ.get("JAX_COORDINATOR_BIND_ADDRESS") or _door(place)
-    facts = _facts(place, config)
+    facts = _facts(place, plain)
     if place.process == 0:
         rollcall.hold(door, facts, place.processes, timeout)
     else:
@@ -128,7 +135,7 @@ def initialize(
             place.process,
             local_device_ids=place.devices,
             cluster_detection_method="deactivate",
-            initialization_timeout=int(timeout),
+            initialization_timeout=math.ceil(timeout),
             heartbeat_timeout_seconds=heartbeat,
             coordinator_bind_address=door,
         )
@@ -200,14 +207,22 @@ def _place(
             "initialize(coordinator, processes, process): all three or none are "
             f"needed, got {given}"
         )
-    if "LOCALSGD_COORDINATOR" in os.environ:
-        names = [f"LOCALSGD_{x}" for x in ("COORDINATOR", "PROCESSES", "PROCESS")]
+    names = [f"LOCALSGD_{x}" for x in ("COORDINATOR", "PROCESSES", "PROCESS")]
+    if any(name in os.environ for name in names):
         try:
             return _checked(", ".join(names), os.environ[names[0]], *_whole(names[1:]))
         except KeyError as error:
-            raise ValueError(f"initialize(): {error} is not set") from None
+            raise ValueError(
+                f"initialize(): all of {', '.join(names)} are needed, and {error} is "
+                "not set"
+            ) from None
     address, count, number, devices = ClusterEnv.auto_detect_unset_distributed_params(
-        os.environ.get("JAX_COORDINATOR_ADDRESS"), None, None, None, None, int(timeout)
+        os.environ.get("JAX_COORDINATOR_ADDRESS"),
+        None,
+        None,
+        None,
+        None,
+        math.ceil(timeout),
     )
     if address is None or count is None or number is None:
         return None
@@ -217,7 +232,7 @@ def _place(
 def _whole(names: list[str]) -> list[int]:
     """Reads whole numbers from the environment."""
     for name in names:
-        if not os.environ[name].isdigit():
+        if not os.environ[name].isdecimal():
             raise ValueError(
                 f"initialize(): {name} must be a whole number, got {os.environ[name]!r}"
             )
@@ -236,13 +251,24 @@ def _checked(call: str, coordinator: str, processes: int, process: int) -> Place
     return Place(coordinator, processes, process)
 
 
+def _check_timeout(timeout: float) -> None:
+    """Refuses what is no time to wait."""
+    if isinstance(timeout, bool) or not isinstance(timeout, numbers.Real):
+        raise TypeError(f"initialize(timeout): it must be a number, got {timeout!r}")
+    if not 0 < timeout <= LONGEST:
+        raise ValueError(
+            f"initialize(timeout): it must be positive and at most {LONGEST:g} s, got "
+            f"{timeout!r}"
+        )
+
+
 def _door(place: Place) -> str:
     """Returns where process 0 listens: to this machine alone if all are here."""
     host, port = rollcall.split(place.coordinator)
     return f"{LOOPBACK.get(host, '[::]')}:{port}"
 
 
-def _facts(place: Place, config: Mapping | None) -> dict:
+def _facts(place: Place, config: Mapping) -> dict:
     """Returns what must be the same in all processes."""
     slurm = [os.environ.get(f"SLURM_{x}", "") for x in ("JOB_ID", "STEP_ID")]
     return {
@@ -250,7 +276,7 @@ def _facts(place: Place, config: Mapping | None) -> dict:
         "processes": place.processes,
         "version": {package: version(package) for package in PACKAGES},
         "setting": {name: str(jax.config.values[name]) for name in SETTINGS},
-        "config": dict(config or {}),
+        "config": config,
     }
 
 

@@ -84,7 +84,7 @@ def attend(address: str, facts: Mapping, process: int, timeout: float) -> None:
 def split(address: str) -> tuple[str, int]:
     """Returns host and port of HOST:PORT; IPv6 addresses stand in brackets."""
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 1 << 16:
+    if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
         raise ValueError(
             f"initialize(coordinator): it must be HOST:PORT, got {address!r}"
         )
@@ -137,10 +137,10 @@ def _admit(
         heard = _receive(guest)
     except OSError:
         heard = None
-    if heard is None or not {"process", "facts"} <= heard.keys():
+    number, theirs = ((heard or {}).get(name) for name in ("process", "facts"))
+    if type(number) is not int or not isinstance(theirs, dict):
         guest.close()
         return
-    number, theirs = heard["process"], heard["facts"]
     refusal = ""
     if theirs.get("job") != facts.get("job"):
         refusal = (
@@ -190,7 +190,7 @@ def _receive(line: socket.socket) -> dict | None:
             return None
     try:
         message = json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return message if isinstance(message, dict) else None
 

@@ -125,7 +125,17 @@ def test_a_visitor_that_talks_nonsense_disturbs_nobody(monkeypatch):
     errors = []
     host = threading.Thread(target=rollcall.hold, args=(address, FACTS, 2, 20.0))
     host.start()
-    for text in (b"GET / HTTP/1.1\r\n\r\n", b'{"process": 1}\n', b'{"' * 50_000, b""):
+    nonsense = [
+        b"GET / HTTP/1.1\r\n\r\n",
+        b'{"process": 1}\n',
+        b'{"process": [], "facts": {"job": "a"}}\n',
+        b'{"process": true, "facts": {"job": "a"}}\n',
+        b'{"process": 1, "facts": 1}\n',
+        b'{"process": ' + b"[" * 30_000 + b"\n",
+        b'{"' * 50_000,
+        b"",
+    ]
+    for text in nonsense:
         while True:
             try:
                 line = socket.create_connection(rollcall.split(address), 5)
@@ -140,6 +150,27 @@ def test_a_visitor_that_talks_nonsense_disturbs_nobody(monkeypatch):
     rollcall.attend(address, FACTS, 1, 20.0)
     host.join(20)
     assert not host.is_alive() and len(errors) <= 1
+
+
+def test_large_configs_are_told_apart_in_few_words():
+    large = {f"text {i}": "x" * 10_000 for i in range(8)} | {"H": 4}
+    names = {f"name {i}": i for i in range(10_000)}
+    for config, name in ((large, "text 3"), (names, "name 3")):
+        same, other = (
+            FACTS | {"config": agreement.plain("initialize(config)", given)}
+            for given in (config, config | {name: "another"})
+        )
+        assert set(meet((1, same), (2, same), facts=same).values()) == {""}
+        said = set(meet((1, same), (2, other), facts=same).values())
+        named = name if config is large else "all 10000"
+        assert len(said) == 1 and f"config.{named}: " in (text := said.pop())
+        assert len(text) < 1000
+
+
+def test_long_values_do_not_burst_the_answer():
+    same, other = (FACTS | {"config": {"H": "x" * 30_000 + end}} for end in "ab")
+    said = set(meet((1, same), (2, other), facts=same).values())
+    assert len(said) == 1 and "sha256" in said.pop()
 
 
 def test_the_port_is_open_to_this_machine_alone_unless_an_address_is_given():
@@ -166,6 +197,7 @@ def test_alone_nothing_happens():
         (("localhost:1", 2, None), "all three or none are needed"),
         (("localhost", 2, 0), "must be HOST:PORT, got 'localhost'"),
         (("localhost:70000", 2, 0), "must be HOST:PORT"),
+        (("localhost:²", 2, 0), "must be HOST:PORT"),
         (("localhost:1", 2, 2), "processes count from 0 to 1, got 2"),
         (("localhost:1", 0, 0), "the number of processes must be at least 1, got 0"),
     ],
@@ -173,6 +205,43 @@ def test_alone_nothing_happens():
 def test_impossible_places_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         lsgd.initialize(*arguments)
+
+
+@pytest.mark.parametrize("place", [(), ("localhost:1", 1, 0), ("localhost:1", 2, 0)])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"heartbeat": 0}, "heartbeat must be at least 1, got 0"),
+        ({"heartbeat": 1.5}, "heartbeat must be an int, got 1.5"),
+        ({"timeout": 0}, "must be positive and at most 1e[+]06 s, got 0"),
+        ({"timeout": float("nan")}, "must be positive and at most"),
+        ({"timeout": float("inf")}, "must be positive and at most"),
+        ({"timeout": "9"}, "must be a number, got '9'"),
+        ({"config": [("H", 4)]}, r"must be a mapping, got \[\('H', 4\)\]"),
+        ({"config": {"H": np.ones((9, 9))}}, r"got array\(.*\) for 'H'"),
+        ({"config": {"a": {"b": {1}}}}, r"got \{'b': \{1\}\} for 'a'"),
+        ({"config": {(1, 2): 1}}, r"got 1 for \(1, 2\)"),
+    ],
+)
+def test_impossible_settings_are_refused_also_alone(place, arguments, message):
+    with pytest.raises((TypeError, ValueError), match=message) as caught:
+        lsgd.initialize(*place, **arguments)
+    (name,) = arguments
+    assert str(caught.value).startswith(f"initialize({name}): ")
+    assert "\n" not in str(caught.value)
+
+
+def test_configs_are_compared_as_json_gives_them_back():
+    here, there = {"H": (4, 8), 1: {2: 3}}, {"1": {"2": 3}, "H": [4, 8]}
+    plain = [agreement.plain("initialize(config)", given) for given in (here, there)]
+    assert plain == [there, there]
+
+
+@pytest.mark.parametrize("name", ["COORDINATOR", "PROCESSES", "PROCESS"])
+def test_a_single_variable_is_refused(monkeypatch, name):
+    monkeypatch.setenv(f"LOCALSGD_{name}", "1")
+    with pytest.raises(ValueError, match="all of LOCALSGD_COORDINATOR, .* not set"):
+        lsgd.initialize()
 
 
 def test_nobody_waits_for_a_process_that_has_started_jax_before():
@@ -186,9 +255,10 @@ def test_the_environment_of_the_launcher(monkeypatch):
     with pytest.raises(ValueError, match="'LOCALSGD_PROCESSES' is not set"):
         lsgd.initialize()
     monkeypatch.setenv("LOCALSGD_PROCESSES", "4")
-    monkeypatch.setenv("LOCALSGD_PROCESS", "x")
-    with pytest.raises(ValueError, match="LOCALSGD_PROCESS must be a whole number"):
-        lsgd.initialize()
+    for number in ("x", "²"):
+        monkeypatch.setenv("LOCALSGD_PROCESS", number)
+        with pytest.raises(ValueError, match="LOCALSGD_PROCESS must be a whole number"):
+            lsgd.initialize()
     monkeypatch.setenv("LOCALSGD_PROCESS", "3")
     place = distributed._place(None, None, None, 1)
     assert place == distributed.Place("10.0.0.7:1234", 4, 3)
@@ -228,7 +298,7 @@ def test_clusters_that_jax_knows(
     assert place.coordinator.rpartition(":")[0] == host
     assert place[1:] == (processes, process, devices)
     if variables is SLURM:
-        assert distributed._facts(place, None)["job"] == "4242.0"
+        assert distributed._facts(place, {})["job"] == "4242.0"
 
 
 def device(number, process, **more):

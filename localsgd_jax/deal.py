@@ -110,12 +110,19 @@ def check_examples(call: str, data: PyTree) -> int:
 def check_only(
     call: str, only: Sequence[int] | np.ndarray | None, workers: int
 ) -> np.ndarray:
-    """Returns the workers that are wanted; refuses who is none of them."""
+    """Returns the workers that are wanted; refuses who is none of them, or twice."""
     chosen = np.arange(workers) if only is None else np.asarray(only)
-    known = np.isin(chosen, np.arange(workers)).all()
-    if chosen.ndim != 1 or not len(chosen) or not known:
+    if chosen.ndim != 1 or not len(chosen) or not _distinct(chosen, workers):
         raise ValueError(
-            f"{call}: at least one of the workers 0 to {workers - 1} is needed, and "
-            f"nobody else, got {only!r}"
+            f"{call}: at least one of the workers 0 to {workers - 1} is needed, none "
+            f"twice, and nobody else, got {only!r}"
         )
+    if not np.issubdtype(chosen.dtype, np.integer):
+        raise TypeError(f"{call}: workers must be ints, got {only!r}")
     return chosen
+
+
+def _distinct(chosen: np.ndarray, workers: int) -> bool:
+    """Whether all are workers, and none of them twice."""
+    known = np.isin(chosen, np.arange(workers)).all()
+    return bool(known) and len(np.unique(chosen)) == len(chosen)

@@ -36,8 +36,9 @@ def worker_mesh(
       A mesh with automatic axes, for `on_mesh`.
 
     Raises:
-      ValueError: if K cannot be spread evenly, or the devices do not divide into
-        workers.
+      TypeError: if an axis has no name, or a size or K is not an int.
+      ValueError: if K cannot be spread evenly, the devices do not divide into
+        workers, there are none, or a device or an axis comes twice.
 
     Example:
       >>> import localsgd_jax as lsgd
@@ -45,11 +46,9 @@ def worker_mesh(
       >>> mesh.axis_names
       ('worker',)
     """
-    inside = dict(within or {})
-    for size in inside.values():
-        checks.integer("worker_mesh(within)", "the size of an axis", size, 1)
+    inside = _inside(axis, within)
     each = math.prod(inside.values())
-    devices = list(jax.devices() if devices is None else devices)
+    devices = _distinct(jax.devices() if devices is None else devices)
     groups = _near(devices)
     sizes = {len(group) for group in groups}
     if len(sizes) == 1 and sizes.pop() % each == 0:
@@ -103,6 +102,40 @@ def among(mesh: Mesh, devices: Iterable, axis: str | Sequence[str] = "worker") -
         )
     kinds = (AxisType.Auto,) * mesh.devices.ndim
     return Mesh(np.take(mesh.devices, kept, along), mesh.axis_names, axis_types=kinds)
+
+
+def _inside(axis: str, within: Mapping[str, int] | None) -> dict[str, int]:
+    """Returns the axes inside a worker; refuses names and sizes that no mesh has."""
+    if within is not None and not isinstance(within, Mapping):
+        raise TypeError(
+            f"worker_mesh(within): it must map names of axes to sizes, got {within!r}"
+        )
+    inside = dict(within or {})
+    for call, name in [("axis", axis), *(("within", name) for name in inside)]:
+        if not isinstance(name, str) or not name:
+            raise TypeError(
+                f"worker_mesh({call}): an axis must have a name, got {name!r}"
+            )
+    if axis in inside:
+        raise ValueError(
+            f"worker_mesh(within): {axis!r} is the worker axis already, got {inside}"
+        )
+    for size in inside.values():
+        checks.integer("worker_mesh(within)", "the size of an axis", size, 1)
+    return inside
+
+
+def _distinct(devices: Sequence[jax.Device]) -> list[jax.Device]:
+    """Returns devices as a list; refuses none, and one that comes twice."""
+    found = list(devices)
+    if not found:
+        raise ValueError("worker_mesh(devices): at least one is needed, got none")
+    for number, device in enumerate(found):
+        if any(device is other for other in found[:number]):
+            raise ValueError(
+                f"worker_mesh(devices): each may come once, got {device} again"
+            )
+    return found
 
 
 def _near(devices: Sequence[jax.Device]) -> list[list[jax.Device]]:

@@ -88,7 +88,13 @@ def test_only_some_workers_are_dealt_their_own():
         np.testing.assert_array_equal(next(part), next(whole)[[1, 3]])
 
 
-@pytest.mark.parametrize("only", [[], [4], [-1], [[0]]])
+@pytest.mark.parametrize("only", [[], [4], [-1], [[0]], [1, 1], [0.5], ["a"]])
 def test_workers_that_are_not_there_get_nothing(only):
     with pytest.raises(ValueError, match=r"deal\(only\): at least one of the workers"):
+        lsgd.deal(np.arange(24), workers=4, batch=2, only=only)
+
+
+@pytest.mark.parametrize("only", [[0.0, 1.0], [True, False], np.array([1.0])])
+def test_workers_are_whole_numbers(only):
+    with pytest.raises(TypeError, match=r"deal\(only\): workers must be ints, got"):
         lsgd.deal(np.arange(24), workers=4, batch=2, only=only)

@@ -366,6 +366,32 @@ def test_what_does_not_fit_on_a_mesh_is_refused(no_checks, arguments, message):
         lsgd.worker_mesh(**arguments, devices=eight)
 
 
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"devices": []}, "(devices): at least one is needed, got none"),
+        ({"within": {"worker": 1}}, "(within): 'worker' is the worker axis already"),
+        ({"within": {"": 1}}, "(within): an axis must have a name, got ''"),
+        ({"within": {3: 1}}, "(within): an axis must have a name, got 3"),
+        ({"within": ["model"]}, "(within): it must map names of axes to sizes, got"),
+        ({"within": [("model", 1)]}, "(within): it must map names of axes to sizes"),
+        ({"axis": ""}, "(axis): an axis must have a name, got ''"),
+        ({"axis": ("a", "b")}, "(axis): an axis must have a name, got ('a', 'b')"),
+    ],
+)
+def test_meshes_that_cannot_be_are_refused(arguments, message):
+    with pytest.raises((TypeError, ValueError)) as caught:
+        lsgd.worker_mesh(**arguments)
+    assert str(caught.value).startswith("worker_mesh" + message)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_device_belongs_to_one_worker():
+    named = r"worker_mesh\(devices\): each may come once, got .* again"
+    with pytest.raises(ValueError, match=named):
+        lsgd.worker_mesh(devices=[*jax.devices(), jax.devices()[0]])
+
+
 def test_a_mesh_of_the_devices_here_trains():
     mesh = lsgd.worker_mesh(4)
     assert dict(mesh.shape) == {"worker": 4}

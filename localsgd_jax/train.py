@@ -46,7 +46,8 @@ def train(
     Args:
       cluster: where the workers live.
       state: from `cluster.init`, or from an earlier run.
-      batches: any iterable of batches, leaves `(K, B, ...)`, such as `deal(...)`.
+      batches: any iterable of batches, leaves `(K, B, ...)`, such as `deal(...)`; of
+        several processes each must have as many, or at least `steps`.
       every: a period or a schedule, called with the number of local updates.
       steps: local steps to do at most; None for all batches.
       weight: `(K,)` shares in every mean.
@@ -248,6 +249,7 @@ def _compare(
         "state": {"step": journal.step, "round": journal.round},
         "leaves": processes.described(state),
         "batch": processes.described(batch),
+        "batches read ahead": len(queue.held),
         "program": {
             name: _checksum(jax.jit(function).lower(state, argument).as_text())
             for name, (function, argument) in programs.items()

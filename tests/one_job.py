@@ -5,6 +5,7 @@
 Every process prints lines of JSON with its number.
 """
 
+import itertools
 import json
 import os
 import pathlib
@@ -217,9 +218,9 @@ def differ_in_training(odd, folder):
 
     from localsgd_jax import agreement
 
-    def run(every=4, rate=0.02, batch=BATCH, steps=4, **more):
+    def run(every=4, rate=0.02, batch=BATCH, steps=4, count=None, **more):
         cluster = make_cluster(rate=rate)
-        batches = lsgd.deal(data(), WORKERS, batch)
+        batches = itertools.islice(lsgd.deal(data(), WORKERS, batch), count)
         more = {"every": every, "steps": steps, "progress": False} | more
         lsgd.train(cluster, cluster.init(network()), batches, **more)
 
@@ -234,6 +235,8 @@ def differ_in_training(odd, folder):
     refused("beats", lambda: run(every=lambda step: step % (2 + odd) == 0))
     refused("rate", lambda: run(rate=0.04 if odd else 0.02))
     refused("batch", lambda: run(batch=2 if odd else 4))
+    refused("fewer", lambda: run(count=7 if odd else 8, steps=None))
+    refused("steps", lambda: run(count=7 if odd else 8, steps=6, chunk=4))
     refused("evaluate", lambda: run(evaluate=fails))
     refused("diverges", lambda: run(rate=1e38, steps=8))
     refused("alike", lambda: run(evaluate=only_one))

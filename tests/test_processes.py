@@ -112,6 +112,7 @@ def differing(tmp_path_factory):
         ("beats", 'every: "[2, 4, 6, '),
         ("rate", "train(): program.local step: "),
         ("batch", "train(): batch.[0]: "),
+        ("fewer", "train(): batches read ahead: 8 in process 0, 7 in process 1"),
     ],
 )
 def test_both_processes_name_the_difference(differing, case, named):
@@ -125,6 +126,10 @@ def test_late_processes_are_named(differing):
     assert late[0]["error"] == "initialize(): process 1 of 2 did not come within 1 s"
     assert "process 1 found no process 0 at 127.0.0.1:" in late[1]["error"]
     assert absent[0]["error"] == "init(params): process 1 did not come within 2 s"
+
+
+def test_steps_that_all_have_need_no_equal_data(differing):
+    assert [differing[1]["steps"][i]["error"] for i in (0, 1)] == [None, None]
 
 
 def test_another_job_on_the_port_is_sent_away(differing):

@@ -137,6 +137,7 @@ def test_a_visitor_that_talks_nonsense_disturbs_nobody(monkeypatch):
     ]
     for text in nonsense:
         while True:
+            assert host.is_alive()
             try:
                 line = socket.create_connection(rollcall.split(address), 5)
                 break

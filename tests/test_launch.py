@@ -355,6 +355,13 @@ def test_output_that_nobody_takes_is_a_failure(where, named):
     assert done.stderr.startswith(named) and done.stderr.count("\n") == bool(named)
 
 
+def test_lost_output_is_a_failure_also_after_the_last_process():
+    run = job.Run(job.Settings(["true"], 1, 1, False, 0, 5.0), 0)
+    run.events.put((None, 1))
+    run._hear_out([])
+    assert run.code == 1
+
+
 def test_options_after_the_program_are_the_programs_own():
     command = [sys.executable, "-m", "localsgd_jax", "launch", "-n", "2", *PYTHON]
     own = ["-n", "3", "--grace", "x", "--help"]

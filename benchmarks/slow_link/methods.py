@@ -1,7 +1,6 @@
 """How workers agree: each method as rounds that processes take together.
 
-Everything that is sent at a time is sent as one vector: on a link of 10 Mbit/s the six
-leaves of the MLP take 1.5 times as long one beside the other.
+Everything that is sent at a time is sent as one vector.
 """
 
 from collections.abc import Callable

@@ -7,6 +7,7 @@ import pathlib
 import re
 import socket
 import threading
+import time
 import types
 
 import jax
@@ -28,8 +29,11 @@ def no_cluster(monkeypatch):
             monkeypatch.delenv(name)
 
 
-def meet(*guests, facts=FACTS, timeout=20.0, processes=3):
-    """Calls the roll; returns what each process heard: "" or the error."""
+def meet(*guests, facts=FACTS, timeout=20.0, processes=3, after=0):
+    """Calls the roll; returns what each process heard: "" or the error.
+
+    The last guest comes when so many have been sent away.
+    """
     address = f"127.0.0.1:{free_port()}"
     heard = {}
 
@@ -46,8 +50,12 @@ def meet(*guests, facts=FACTS, timeout=20.0, processes=3):
         for i, (number, said) in enumerate(guests, 1)
     ]
     threads = [threading.Thread(target=note, args=call) for call in calls]
-    for thread in threads:
+    for thread in threads[:-1]:
         thread.start()
+    until = time.monotonic() + timeout
+    while len(heard) < after and time.monotonic() < until:
+        time.sleep(0.01)
+    threads[-1].start()
     for thread in threads:
         thread.join(60)
     return heard
@@ -80,7 +88,7 @@ def test_everybody_hears_who_did_not_come():
 
 def test_who_comes_twice_or_from_another_job_is_sent_away():
     strangers = (1, FACTS | {"job": "b"}), (7, FACTS)
-    heard = meet(*strangers, (1, FACTS), (1, FACTS), (2, FACTS))
+    heard = meet(*strangers, (1, FACTS), (1, FACTS), (2, FACTS), after=3)
     assert heard.pop("host") == heard.pop("guest 5") == ""
     assert "this is job 'a', and process 1 belongs to job 'b'" in heard["guest 1"]
     assert "there are 3 processes here, and no process 7" in heard["guest 2"]

@@ -6,9 +6,9 @@
 Needs root, iproute2 and util-linux; touches no interface that it has not made, and
 leaves nothing behind (see network.py). Each method trains to the end without a limit,
 which gives the loss after each step, and then on each link as many rounds as fit into
---seconds, at least two, which gives the seconds of a step. That the loss after the
-same step is the same on every link is checked. Writes slow_link.json, .txt and .png
-into --out; rows of other models that are there stay.
+--seconds, at least two, which gives the seconds of a step. Where a run on a link ends
+at a step that was scored, the loss must be the same. Writes slow_link.json, .txt and
+.png into --out; rows of other models that are there stay.
 """
 
 import argparse

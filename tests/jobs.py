@@ -1,4 +1,4 @@
-"""Jobs of real processes, to be disturbed."""
+"""Jobs of real processes: to be disturbed, and to run to their end."""
 
 import contextlib
 import json
@@ -118,3 +118,32 @@ def free_port():
             with contextlib.suppress(OSError):
                 probe.bind(("127.0.0.1", port))
                 return port
+
+
+def run(script, processes):
+    """Runs the processes; returns what each has printed, in their order."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{probe.getsockname()[1]}"
+    command = [sys.executable, script, coordinator, str(processes)]
+    started = [
+        subprocess.Popen(
+            [*command, str(process)],
+            cwd=HERE,
+            env=os.environ | {"PYTHONPATH": str(HERE.parent)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for process in range(processes)
+    ]
+    try:
+        ended = [one.communicate(timeout=120) for one in started]
+    finally:
+        for one in started:
+            one.kill()
+    lines = [line for out, _ in ended for line in out.splitlines() if line[:1] == "{"]
+    assert len(lines) == processes, [err[-2000:] for _, err in ended]
+    codes = [one.returncode for one in started]
+    assert codes == [0] * processes, [err[-2000:] for _, err in ended]
+    return [json.loads(line) for line in lines]

@@ -1,11 +1,6 @@
 """Rounds of one process's own: the numbers of the whole, and no copies."""
 
-import json
-import os
 import pathlib
-import socket
-import subprocess
-import sys
 import threading
 
 import jax
@@ -16,6 +11,7 @@ import pytest
 from apart_process import RULES, WORKERS, algorithm, batches, keyed, start
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from jobs import run
 
 import localsgd_jax as lsgd
 from localsgd_jax.apart import _moved, _Part, apart, catch_up, in_background
@@ -23,35 +19,6 @@ from localsgd_jax.company import STRIKES
 from localsgd_jax.meshes import among
 
 HERE = pathlib.Path(__file__).parent
-
-
-def run(script, processes):
-    """Runs the processes; returns what each has printed, in their order."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        coordinator = f"127.0.0.1:{probe.getsockname()[1]}"
-    command = [sys.executable, script, coordinator, str(processes)]
-    started = [
-        subprocess.Popen(
-            [*command, str(process)],
-            cwd=HERE,
-            env=os.environ | {"PYTHONPATH": str(HERE.parent)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for process in range(processes)
-    ]
-    try:
-        ended = [one.communicate(timeout=120) for one in started]
-    finally:
-        for one in started:
-            one.kill()
-    lines = [line for out, _ in ended for line in out.splitlines() if line[:1] == "{"]
-    assert len(lines) == processes, [err[-2000:] for _, err in ended]
-    codes = [one.returncode for one in started]
-    assert codes == [0] * processes, [err[-2000:] for _, err in ended]
-    return [json.loads(line) for line in lines]
 
 
 def test_what_fails_in_one_process_is_done_again_by_all():

@@ -1,6 +1,5 @@
 """Rounds of one process's own: the numbers of the whole, and no copies."""
 
-import pathlib
 import threading
 
 import jax
@@ -17,8 +16,6 @@ import localsgd_jax as lsgd
 from localsgd_jax.apart import _moved, _Part, apart, catch_up, in_background
 from localsgd_jax.company import STRIKES
 from localsgd_jax.meshes import among
-
-HERE = pathlib.Path(__file__).parent
 
 
 def test_what_fails_in_one_process_is_done_again_by_all():

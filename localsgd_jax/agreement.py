@@ -47,7 +47,7 @@ def same(
       JobError: names what differs, or who did not come.
     """
     everyone = list(range(jax.process_count()) if processes is None else processes)
-    if len(everyone) < 2:
+    if _alone(everyone):
         return
     timeout = TIMEOUT if timeout is None else timeout
     prefix, me, first = _prefix(call, everyone), jax.process_index(), min(everyone)
@@ -87,7 +87,7 @@ def told(call: str, say: Callable[[], object], processes: Sequence[int]) -> obje
     Raises:
       JobError: in the others, if `say` raises; the first one's own error there.
     """
-    if len(processes) < 2:
+    if _alone(processes):
         return say()
     prefix, store = _prefix(call, processes), _store()
     if jax.process_index() != min(processes):
@@ -212,6 +212,11 @@ def _collect(
 def _store() -> Any:
     """Returns the client of JAX's coordination service."""
     return global_state.client
+
+
+def _alone(everyone: Sequence[int]) -> bool:
+    """Whether there is nobody to compare with: the processes of a target do not run."""
+    return len(everyone) < 2 or jax.process_count() < 2
 
 
 def _get(key: str, seconds: float) -> str | None:

@@ -113,6 +113,8 @@ def _tpus(kind: str, shape: str) -> Sequence:
     _check_installed("tpu")
     # Without it the compiler asks the cloud which machine this is, and waits.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    # No TPU is touched, so several audits may run at the same time.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     from jax.experimental import topologies
 
     try:

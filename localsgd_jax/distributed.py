@@ -7,8 +7,10 @@ import math
 import numbers
 import os
 import sys
+import threading
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future
 from types import TracebackType
 from typing import NamedTuple
 
@@ -147,7 +149,10 @@ def initialize(
         ) from error
     _leave_on_errors()
     if recoverable:
-        atexit.register(_leave_last, place.processes, timeout)
+        over = threading.Event()
+        # From Python 3.12 on, a program that ends starts no threads any more.
+        others = in_background(_await_others, over, list(range(place.processes)))
+        atexit.register(_leave_last, over, others, timeout)
     return place.processes
 
 
@@ -299,14 +304,19 @@ def version(package: str) -> str:
         return "not installed"
 
 
-def _leave_last(processes: int, patience: float) -> None:
+def _await_others(over: threading.Event, everyone: list[int]) -> None:
+    """Waits until the others have come to their ends, once this process is over."""
+    over.wait()
+    global_state.client.get_live_nodes(everyone)
+
+
+def _leave_last(over: threading.Event, others: Future, patience: float) -> None:
     """Ends process 0 after the others, whom JAX kills when its service ends."""
     if global_state.client is None:  # The program has left by itself.
         return
     if jax.process_index() == 0:
-        everyone = list(range(processes))
-        asked = in_background(global_state.client.get_live_nodes, everyone)
-        concurrent.futures.wait([asked], patience)
+        over.set()
+        concurrent.futures.wait([others], patience)
     jax.distributed.shutdown()
 
 

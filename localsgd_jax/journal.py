@@ -12,6 +12,7 @@ import numpy as np
 from localsgd_jax import agreement, processes
 from localsgd_jax.base import Cluster, Notes, PyTree, State
 from localsgd_jax.consensus import consensus
+from localsgd_jax.traffic import Span
 
 History = dict[str, np.ndarray]
 COLUMNS = ("step", "round", "bytes", "seconds")
@@ -70,7 +71,8 @@ class Journal:
         self.holders = processes.holders(state.step.sharding)
         self.leads = jax.process_index() == self.holders[0]
         self.record, self.bar = record if self.leads else None, None
-        self.step, self.round, self.bytes = int(state.step), int(state.round), 0
+        self.step, self.round = int(state.step), int(state.round)
+        self.bytes, self.device_bytes = 0, 0.0
         self.began, self.rows, self.recorded = time.perf_counter(), [], 0
         self.unfinished, self.told, self.held = [], 0, []
 
@@ -79,16 +81,23 @@ class Journal:
         if computed is not None:
             self.held.append(computed)
         talks = len(self.holders) > 1
-        if talks and not last and not any(any(due) for due, _ in self.held):
+        if talks and not last and not any(any(due) for due, *_ in self.held):
             # Other processes are asked for their metrics once a round, not before.
             jax.block_until_ready(computed)
             return
         held, self.held = self.held, []
-        for due, found in held:
+        for due, found, span in held:
             metrics, noted = processes.on_host(found)
-            self._add(due, metrics, noted, state)
+            self._add(due, metrics, noted, span, state)
 
-    def _add(self, due: list[bool], metrics: Mapping, noted: Mapping, state: State):
+    def _add(
+        self,
+        due: list[bool],
+        metrics: Mapping,
+        noted: Mapping,
+        span: Span | None,
+        state: State,
+    ) -> None:
         """Adds the steps of a dispatch, and the rows of the rounds that end in it."""
         for i, end in enumerate(due):
             now = {name: values[i] for name, values in metrics.items()}
@@ -96,22 +105,18 @@ class Journal:
             self._check_finite(now.get("loss"), state)
             self.unfinished.append({name: x.mean() for name, x in now.items()})
             if end:
-                self.end_round({name: values[i] for name, values in noted.items()})
+                noted_now = {name: values[i] for name, values in noted.items()}
+                self.end_round(noted_now, span)
         if self.bar is not None:
             self.bar.update(len(due))
 
-    def end_round(self, noted: Mapping) -> None:
+    def end_round(self, noted: Mapping, span: Span | None) -> None:
         """Adds the row of a round, with the notes of its rules."""
         self._write()
         self.round += 1
-        least, most = self.range
-        self.bytes += most if least == most else self.sent(self.shapes, self.round)[1]
         steps, self.unfinished = self.unfinished, []
-        row: dict[str, float] = {
-            "step": self.step,
-            "round": self.round,
-            "bytes": self.bytes,
-        }
+        row: dict[str, float] = {"step": self.step, "round": self.round}
+        row |= self._count_bytes(span)
         row["seconds"] = time.perf_counter() - self.began
         row |= {
             name: float(np.mean([step[name] for step in steps])) for name in steps[0]
@@ -121,6 +126,16 @@ class Journal:
         if self.bar is not None:
             shown = {"loss": row["loss"]} if "loss" in row else {}
             self.bar.set_postfix(shown | {"round": self.round, "MB": self.bytes / 1e6})
+
+    def _count_bytes(self, span: Span | None) -> dict[str, float]:
+        """Adds what the round sent; where rounds differ the traced program knows."""
+        least, most = self.range
+        now = most if least == most else self.sent(self.shapes, self.round)[1]
+        self.bytes += now
+        if span is None:
+            return {"bytes": self.bytes}
+        self.device_bytes += span.at((now - least) / max(most - least, 1))
+        return {"bytes": self.bytes, "device_bytes": round(self.device_bytes)}
 
     def news(self) -> list[dict]:
         """Returns the rows since the last call."""

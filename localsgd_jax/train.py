@@ -16,6 +16,7 @@ from localsgd_jax.adaptive import Adaptive
 from localsgd_jax.base import Cluster, PyTree, State
 from localsgd_jax.feed import Queue
 from localsgd_jax.journal import History, Journal, notes, open_bar
+from localsgd_jax.traffic import Span, Traffic
 
 
 def train(
@@ -67,10 +68,12 @@ def train(
 
     Returns:
       The state and the history: NumPy columns with an entry for each round. "step" and
-      "round" at its end; "seconds", compilation included, and "bytes" sent by each
-      worker, as if it had a link of its own, both since this call began; the mean over
-      the round of every metric that is one number for each worker, such as "loss"; what
-      rules note, such as "left_out" of `guard`; and what `evaluate` gave, NaN for
+      "round" at its end; since this call began "seconds", compilation included, "bytes"
+      that each worker sent, as if it had a link of its own, and, on a mesh with places
+      for several, "device_bytes" that each device sent, read out of the programs that
+      ran as `ledger` does; the mean over the round of every metric that is one number
+      for each worker, such as "loss"; what rules note, such as "left_out" of `guard`;
+      and what `evaluate` gave, NaN for
       rounds that were not evaluated.
 
     Raises:
@@ -96,7 +99,7 @@ def train(
     if steps is not None:
         checks.integer("train(steps)", "steps", steps, 0)
     look_every = evaluate_every if evaluate else math.inf
-    run = _dispatcher(cluster, weight)
+    run = _dispatcher(cluster, weight, traffic := Traffic(state))
     journal = Journal(cluster, state, evaluate, field, record)
     queue = Queue(itertools.islice(batches, steps), cluster.put, chunk)
     start, examples, computing = int(state.step), 0, None
@@ -112,13 +115,13 @@ def train(
             limit = _steps_to_look(schedule, start, limit, until_look)
             segment = plan(schedule, start, limit, chunk)
             due = [bool(schedule(start + i + 1)) for i in range(segment.steps)]
-            state, seen = run(segment, state, taken := queue.pop(segment.steps), due)
+            state, *seen = run(segment, state, taken := queue.pop(segment.steps), due)
             # One dispatch computes while the host reads the metrics of the one before
             # and loads the next: never more than two are queued.
             journal.read(computing, state)
             _teach(schedule, journal, start + segment.steps)
             start, until_look = start + segment.steps, until_look - sum(due)
-            computing, examples = (due, seen), examples + _count(taken)
+            computing, examples = (due, *seen), examples + _count(taken)
             if not until_look:
                 journal.read(computing, state)
                 journal.look(state)
@@ -129,8 +132,8 @@ def train(
                 computing = None
         journal.read(computing, state, last=True)
         if journal.unfinished:
-            state = jax.jit(cluster.sync, donate_argnums=0)(state, weight)
-            journal.end_round(notes(state))
+            state, span = _last_sync(cluster, traffic, state, weight)
+            journal.end_round(notes(state), span)
         journal.look(state)
     if save and examples:
         save(state, examples)
@@ -192,7 +195,9 @@ def plan(schedule: Callable, start: int, limit: int, chunk: int) -> Segment:
     return Segment(chunk if chunk <= limit else 1, None)
 
 
-def _dispatcher(cluster: Cluster, weight: jax.Array | None) -> Callable:
+def _dispatcher(
+    cluster: Cluster, weight: jax.Array | None, traffic: Traffic
+) -> Callable:
     """Makes the function that sends a segment to the devices."""
     one_round = rounds.fused(cluster)
 
@@ -222,12 +227,25 @@ def _dispatcher(cluster: Cluster, weight: jax.Array | None) -> Callable:
 
     def run(
         segment: Segment, state: State, batches: PyTree, due: list[bool]
-    ) -> tuple[State, PyTree]:
-        if segment.period:
-            return fused(state, batches, period=segment.period)
-        return gated(state, batches, np.array(due))
+    ) -> tuple[State, PyTree, Span | None]:
+        if period := segment.period:
+            count = segment.steps // period
+            span = traffic.of(fused, state, batches, rounds=count, period=period)
+            return *fused(state, batches, period=period), span
+        args = state, batches, np.array(due)
+        span = traffic.of(gated, *args, rounds=None)
+        return *gated(*args), span
 
     return run
+
+
+def _last_sync(
+    cluster: Cluster, traffic: Traffic, state: State, weight: jax.Array | None
+) -> tuple[State, Span | None]:
+    """Ends an incomplete round."""
+    sync = jax.jit(cluster.sync, donate_argnums=0)
+    span = traffic.of(sync, state, weight, rounds=1)
+    return sync(state, weight), span
 
 
 def _compare(

@@ -146,4 +146,5 @@ def run(script, processes):
     assert len(lines) == processes, [err[-2000:] for _, err in ended]
     codes = [one.returncode for one in started]
     assert codes == [0] * processes, [err[-2000:] for _, err in ended]
+    assert not any("Exception ignored" in err for _, err in ended), ended
     return [json.loads(line) for line in lines]

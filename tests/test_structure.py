@@ -39,6 +39,7 @@ FLOORS = {
     "feed": 4,
     "journal": 4,
     "rounds": 4,
+    "traffic": 4,
     "train": 4,
     "apart": 4,
     "company": 4,

@@ -6,9 +6,10 @@
 Needs root, iproute2 and util-linux; touches no interface that it has not made, and
 leaves nothing behind (see network.py). Each method trains to the end without a limit,
 which gives the loss after each step, and then on each link as many rounds as fit into
---seconds, at least two, which gives the seconds of a step. Where a run on a link ends
-at a step that was scored, the loss must be the same. Writes slow_link.json, .txt and
-.png into --out; rows of other models that are there stay.
+--seconds, at least two, and four of those that travel beside the next; all but the
+first give the seconds of a step. The loss at the end of a run on a link must be that of
+as many rounds without. Writes slow_link.json, .txt and .png into --out; rows of other
+models that are there stay.
 """
 
 import argparse
@@ -150,10 +151,12 @@ def measure(net: network.Network, model: str, given: argparse.Namespace) -> list
             job = planned(method, ready, whole, links[None])
             for mbit in given.mbit:
                 said = cost.round_time(job, links[mbit], method.period)
-                rounds = max(2, min(int(given.seconds / said), steps // method.period))
+                least = 4 if method.beside else 2
+                most = steps // method.period
+                rounds = max(least, min(int(given.seconds / said), most))
                 net.throttle(mbit)
                 found = both.train(rounds, 0)
-                _check(whole, found, f"{model}, {name}, {mbit:g} Mbit/s")
+                _check(both, net, whole, found, f"{model}, {name}, {mbit:g} Mbit/s")
                 rows.append(
                     results.row(model, name, mbit, ready["step"], whole, found, said)
                 )
@@ -162,11 +165,16 @@ def measure(net: network.Network, model: str, given: argparse.Namespace) -> list
     return rows
 
 
-def _check(whole: dict, found: dict, where: str) -> None:
-    """Sees that the loss after the same step is the same."""
-    for step in whole["own"].keys() & found["own"].keys():
-        if abs(whole["own"][step] - found["own"][step]) > 1e-4:
-            raise RuntimeError(f"{where}: another loss after {step} steps")
+def _check(
+    both: Pair, net: network.Network, whole: dict, found: dict, where: str
+) -> None:
+    """Sees that a link changes the time and nothing else: the loss is the same."""
+    end = str(found["steps"])
+    if end not in whole["own"]:
+        net.throttle(None)
+        whole = both.train(found["rounds"], 0)
+    if abs(whole["own"][end] - found["own"][end]) > 1e-4:
+        raise RuntimeError(f"{where}: another loss after {end} steps")
 
 
 def main() -> None:

@@ -73,23 +73,24 @@ def all_reduces(mesh, tiny: bool) -> list[Callable]:
 def train(taken: methods.Rounds, batches, rounds: int, score_every: int, score) -> dict:
     """Trains, and says how long it took; scoring does not count.
 
-    The averaged model is scored every so often, the worker's own also at the end.
+    The averaged model is scored every so often, the worker's own also at the end. The
+    seconds are those of as many rounds as the second and later ones are in the mean:
+    the first one waits for no agreement that travels.
     """
     period = len(jax.tree.leaves(batches)[0]) // rounds
-    run, seconds, losses, own = jax.block_until_ready(taken.start()), 0.0, {}, {}
+    run, times, losses, own = jax.block_until_ready(taken.start()), [], {}, {}
     for done in range(1, rounds + 1):
         turn = itemgetter(slice((done - 1) * period, done * period))
         part = jax.tree.map(turn, batches)
         began = time.perf_counter()
-        run = taken.advance(run, part)
-        if done == rounds:
-            jax.block_until_ready(taken.settle(run))
-        seconds += time.perf_counter() - began
+        run = jax.block_until_ready(taken.advance(run, part))
+        times.append(time.perf_counter() - began)
         if done == rounds or (score_every and done % score_every == 0):
             rows = taken.settle(run)
             own[done * period] = score(methods.own(rows))
             if score_every:
                 losses[done * period] = score(taken.mean(rows))
+    seconds = rounds * statistics.mean(times[1:] or times)
     found = {"rounds": rounds, "steps": rounds * period, "seconds": seconds}
     return found | {"losses": losses, "own": own}
 

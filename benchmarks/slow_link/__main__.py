@@ -5,11 +5,10 @@
 
 Needs root, iproute2 and util-linux; touches no interface that it has not made, and
 leaves nothing behind (see network.py). Each method trains to the end without a limit,
-which gives the loss after each step, and then on each link as many rounds as fit into
---seconds, at least two, and four of those that travel beside the next; all but the
-first give the seconds of a step. The loss at the end of a run on a link must be that of
-as many rounds without. Writes slow_link.json, .txt and .png into --out; rows of other
-models that are there stay.
+which gives the loss after each step, and then on each link about as many rounds as fit
+into --seconds, of which all but the first give the seconds of a step. The loss at the
+end of a run on a link must be that of as many rounds without. Writes slow_link.json,
+.txt and .png into --out; rows there that are not measured again stay.
 """
 
 import argparse
@@ -151,9 +150,8 @@ def measure(net: network.Network, model: str, given: argparse.Namespace) -> list
             job = planned(method, ready, whole, links[None])
             for mbit in given.mbit:
                 said = cost.round_time(job, links[mbit], method.period)
-                least = 4 if method.beside else 2
-                most = steps // method.period
-                rounds = max(least, min(int(given.seconds / said), most))
+                most = min(int(given.seconds / said), steps // method.period)
+                rounds = enough(method, most)
                 net.throttle(mbit)
                 found = both.train(rounds, 0)
                 _check(both, net, whole, found, f"{model}, {name}, {mbit:g} Mbit/s")
@@ -163,6 +161,12 @@ def measure(net: network.Network, model: str, given: argparse.Namespace) -> list
                 print(json.dumps(rows[-1]), flush=True)
             both.tell("")
     return rows
+
+
+def enough(method: Method, most: int) -> int:
+    """Returns how many rounds to time: each piece as often, after the first round."""
+    turns = max((most - 1) // method.pieces, 3 if method.beside else 1)
+    return 1 + turns * method.pieces
 
 
 def _check(
@@ -192,8 +196,8 @@ def main() -> None:
         beside = []
         if beside_torch.MODEL in given.models:
             beside = beside_torch.compare(net, given.mbit, given.tiny)
-    rows += results.others(given.out, given.models, "rows")
-    beside += results.others(given.out, given.models, "beside")
+    rows += results.others(given.out, "rows", rows)
+    beside += results.others(given.out, "beside", beside)
     results.write(given.out, {"machine": place, "rows": rows, "beside": beside})
 
 

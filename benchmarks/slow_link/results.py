@@ -115,11 +115,15 @@ def draw(directory: Path, rows: list[dict]) -> None:
     figures.save(figure, directory, "slow_link")
 
 
-def others(directory: Path, models: list[str], part: str) -> list[dict]:
-    """Returns the rows of other models that an earlier run has written there."""
+def others(directory: Path, part: str, rows: list[dict]) -> list[dict]:
+    """Returns the rows that an earlier run has written there and this one has not."""
+
+    def name(one: dict) -> tuple:
+        return tuple(one.get(key) for key in ("model", "method", "mbit"))
+
     path = directory / "slow_link.json"
-    rows = json.loads(path.read_text())[part] if path.exists() else []
-    return [one for one in rows if one["model"] not in models]
+    before = json.loads(path.read_text())[part] if path.exists() else []
+    return [one for one in before if name(one) not in set(map(name, rows))]
 
 
 def write(directory: Path, result: dict) -> None:

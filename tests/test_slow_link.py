@@ -11,6 +11,8 @@ import time
 import pytest
 
 from benchmarks.slow_link import network, results
+from benchmarks.slow_link.__main__ import enough
+from benchmarks.slow_link.methods import METHODS
 
 ROOT = pathlib.Path(__file__).parents[1]
 COMMAND = [sys.executable, "-m", "benchmarks.slow_link", "gpt", "--tiny"]
@@ -101,3 +103,22 @@ def test_what_is_hidden_is_a_share_of_what_could_be():
         common | {"method": "x, beside", "ms/step": 22.0},
     ]
     assert results.with_ratios(rows)[1]["hidden"] == pytest.approx(0.8)
+
+
+def test_rows_that_are_not_measured_again_stay(tmp_path):
+    def row(method, mbit, step):
+        return {"model": "mlp", "method": method, "mbit": mbit, "ms/step": step}
+
+    before = [row("every step", 10, 1), row("every step", 100, 2), row("other", 10, 3)]
+    (tmp_path / "slow_link.json").write_text(json.dumps({"rows": before}))
+    now = [row("every step", 10, 4)]
+    assert results.others(tmp_path, "rows", now) == before[1:]
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("most", [0, 1, 6, 64])
+def test_every_piece_is_timed_as_often(name, most):
+    method = METHODS[name]
+    timed = enough(method, most) - 1  # The first round does not count.
+    assert timed % method.pieces == 0 and timed >= (3 if method.beside else 1)
+    assert timed < max(most, 1 + 3 * method.pieces)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from benchmarks import record
+from benchmarks.slow_link.methods import METHODS
 from benchmarks.slow_link.tasks import TARGETS
 from localsgd_jax.reproduce import figures
 
@@ -126,8 +127,14 @@ def others(directory: Path, part: str, rows: list[dict]) -> list[dict]:
     return [one for one in before if name(one) not in set(map(name, rows))]
 
 
+def _place(one: dict) -> tuple:
+    """Where a row stands: by model, method and speed."""
+    return one["model"], [*METHODS].index(one["method"]), -one["mbit"]
+
+
 def write(directory: Path, result: dict) -> None:
     """Writes what was measured as JSON, as a table and as a picture."""
+    result["rows"].sort(key=_place)
     (directory / "slow_link.json").write_text(json.dumps(result, indent=2) + "\n")
     tables = (with_ratios(result["rows"]), result["beside"])
     text = "\n\n".join(record.table(rows) for rows in tables if rows) + "\n"

@@ -28,7 +28,9 @@ def place(x: jax.Array | np.ndarray, sharding: Sharding) -> jax.Array:
     """
     if sharding.is_fully_addressable or not _here(x):
         return jax.device_put(x, sharding)
-    return jax.make_array_from_callback(np.shape(x), sharding, lambda index: x[index])
+    if not hasattr(x, "shape"):  # A Python number, such as a count of steps.
+        x = jnp.asarray(x)
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
 def place_rows(

@@ -193,14 +193,45 @@ def test_a_process_that_fails_ends_the_job(differing):
     assert "process 1 ended with 1; ending the others" in ended.stderr
 
 
+def lines_of_one(ended):
+    """What an example has printed, which only process 0 may do."""
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    lines = [line for line in ended.stdout.split("\n") if "Gloo" not in line]
+    assert all(line.startswith("[0] ") for line in lines if line)
+    return [line[4:] for line in lines if line]
+
+
+def test_the_mnist_example(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    digits = rng.integers(2, size=640).astype(np.uint8)
+    pixels = rng.integers(100, size=(640, 28, 28)).astype(np.uint8)
+    pixels[:, 5:9] += 150 * digits[:, None, None]
+    names = {"x_train": pixels, "y_train": digits, "x_test": pixels, "y_test": digits}
+    np.savez(tmp_path / "mnist.npz", **names)
+    monkeypatch.setenv("LOCALSGD_DATA", str(tmp_path))
+    options = "--workers 4 --periods 2 --epochs 4 --figure curve.png".split()
+    path = HERE.parent / "examples" / "mnist.py"
+    row = lines_of_one(launch(2, str(path), *options, cwd=tmp_path))[1].split()
+    assert row[1:4] == ["4", "2", "10"] and float(row[5]) > 0.95
+    assert (tmp_path / "curve.png").stat().st_size
+
+
+def test_the_sharded_example(tmp_path):
+    (tmp_path / "data.txt").write_text("The quick brown fox. " * 400)
+    options = "--data data.txt --steps 4 --period 2".split()
+    path = HERE.parent / "examples" / "sharded.py"
+    devices = ["--devices-per-process", "4"]
+    ended = launch(2, str(path), *options, cwd=tmp_path, options=devices)
+    half, whole, apart = lines_of_one(ended)
+    assert half.startswith("4 workers of 2: 0.57") and "workers of 1: 1.00" in whole
+    assert float(apart.split()[-1]) < 1e-4
+
+
 def test_the_text_example(tmp_path):
     (tmp_path / "data.txt").write_text("abcdefgh" * 500)
     options = "--data data.txt --context 8 --periods 4 --steps 8 --workers 2 --depth 1"
     path = HERE.parent / "examples" / "text.py"
-    ended = launch(2, str(path), *options.split(), cwd=tmp_path)
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    lines = [line for line in ended.stdout.split("\n") if "Gloo" not in line]
-    assert all(line.startswith("[0] ") for line in lines if line)
+    lines = lines_of_one(launch(2, str(path), *options.split(), cwd=tmp_path))
     assert sum("every(4)" in line for line in lines) == 1
     assert (tmp_path / "text.png").stat().st_size
 

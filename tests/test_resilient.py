@@ -146,6 +146,14 @@ def test_the_launcher_starts_again_when_process_0_dies(tmp_path, usual):
     assert first == [0] * 3 and second in ([40] * 3, [50] * 3)
 
 
+@pytest.mark.slow
+def test_restarts_are_timed():
+    command = [sys.executable, str(HERE / "restarts.py"), "--kills", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("steps lost") == 2 and "median" in done.stdout
+
+
 @pytest.mark.parametrize(
     "settings, told",
     [

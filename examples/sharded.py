@@ -7,6 +7,10 @@ parameters and moments sharded within the worker; then the same with every worke
 device: 1 minute on two cores. Expected: each device holds, and sends when workers
 agree, 0.57 of a worker's parameters, and the losses of both runs differ by less than
 1e-4 bits per byte. It needs the extra `examples`.
+
+    localsgd launch -n 2 --devices-per-process 4 -- python examples/sharded.py
+
+does the same in two processes.
 """
 
 import argparse

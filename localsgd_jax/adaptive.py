@@ -17,8 +17,8 @@ from localsgd_jax import checks
 class Adaptive:
     """A schedule whose rounds grow or shrink with what a run has seen.
 
-    `train` tells it each row of the history. It asks with Python ints only: inside a
-    compiled program the future is not known yet.
+    `train`, of either kind, tells it each row of the history. It asks with Python ints
+    only: inside a compiled program the future is not known yet.
     """
 
     def __init__(self, period: int, decide: Callable, name: str) -> None:

@@ -7,6 +7,7 @@ through the key-value store of JAX's coordination service, which knows time limi
 import collections
 import hashlib
 import json
+import re
 import reprlib
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -107,6 +108,54 @@ def told(call: str, say: Callable[[], object], processes: Sequence[int]) -> obje
         raise
     store.key_value_set(prefix + "said", json.dumps(message))
     return message["value"]
+
+
+class Turns:
+    """What processes do in turns, before each of which any may say something.
+
+    A word is written before the barrier and read behind it, so all read the same.
+    """
+
+    def __init__(self, call: str, processes: Sequence[int]) -> None:
+        """Takes no turn yet.
+
+        Args:
+          call: for messages; all processes make the same calls.
+          processes: who takes part.
+        """
+        self.call, self.everyone, self.number = call, list(processes), 0
+        self.prefix, self.spoken = _prefix(call, self.everyone), ""
+
+    def take(self, word: object = None) -> dict[int, Any]:
+        """Waits for all; returns the words of those who have said one.
+
+        Args:
+          word: what JSON can hold, or None.
+
+        Returns:
+          The words by process, the same in all.
+
+        Raises:
+          JobError: names who did not come within the time of `initialize`.
+        """
+        if _alone(self.everyone):
+            return {}
+        self.number += 1
+        store, here = _store(), f"{self.prefix}{self.number}/"
+        before, self.spoken = self.spoken, ""
+        if word is not None:
+            self.spoken = f"{here}{jax.process_index()}"
+            store.key_value_set(self.spoken, json.dumps(word))
+        try:
+            store.wait_at_barrier(
+                f"{self.prefix}turn", int(TIMEOUT * 1000), self.everyone
+            )
+        except jax.errors.JaxRuntimeError as error:
+            raise JobError(f"{self.call}: {_absent(str(error))}") from error
+        if before:  # All have come here, so all have read it.
+            store.key_value_delete(before)
+        words = store.key_value_dir_get(here)
+        return {int(key.rpartition("/")[2]): json.loads(text) for key, text in words}
 
 
 def differences(said: Mapping[int, Mapping]) -> list[str]:
@@ -227,6 +276,16 @@ def _get(key: str, seconds: float) -> str | None:
         if "DEADLINE_EXCEEDED" not in str(error):
             raise
         return None
+
+
+def _absent(error: str) -> str:
+    """Says who did not come to a barrier, as far as its error tells."""
+    if "DEADLINE_EXCEEDED" not in error:
+        return error.splitlines()[0]
+    _, _, names = error.partition("timed out task names:")
+    numbers = re.findall(r"(\d+)$", names.partition("\n\n")[0], re.MULTILINE)
+    who = listed(sorted(map(int, numbers))) if numbers else "a process"
+    return f"{who} did not come within {TIMEOUT:g} s"
 
 
 def _prefix(call: str, everyone: Sequence[int]) -> str:

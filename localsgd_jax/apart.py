@@ -1,5 +1,6 @@
 """Rounds that a process computes alone, and the one program that processes share."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import cache, partial
@@ -86,7 +87,7 @@ def apart(
     Args:
       algorithm: what one worker does.
       mesh: over the devices of all processes; each process holds whole places along
-        the outermost worker axis.
+        the outermost worker axis, side by side, as `worker_mesh` lays them out.
       workers: K, a multiple of the places; None for one at each.
       axis: as in `on_mesh`.
       lanes: as in `on_mesh`.
@@ -95,7 +96,8 @@ def apart(
       The verbs, for this process.
 
     Raises:
-      ValueError: if a process holds no place as a whole, or K is no multiple of them.
+      ValueError: if a process holds no place as a whole, or not side by side, or K is
+        no multiple of the places.
 
     Example:
       >>> import jax, jax.numpy as jnp, numpy as np, optax
@@ -122,10 +124,10 @@ def apart(
         return _Part(living, cluster, axes)
 
     everyone = tuple(mesh.devices.flat)
+    owners = np.repeat(_owners(part(everyone)), per_place).tolist()
     here = part(tuple(d for d in everyone if d in jax.local_devices()))
     programs = _Programs(part, here, everyone)
-    owners = np.repeat(_places(part(everyone)), per_place).tolist()
-    first = owners.index(_places(here)[0])
+    first = owners.index(jax.process_index())
     return Apart(
         here.cluster,
         whole.workers,
@@ -363,6 +365,17 @@ def _places(part: _Part) -> list[int]:
             f"{part.axes[0]!r}, got the processes {places.tolist()}"
         )
     return places[:, 0].tolist()
+
+
+def _owners(part: _Part) -> list[int]:
+    """Returns which process holds each place; refuses one with others in between."""
+    places = _places(part)
+    if len(list(itertools.groupby(places))) > len(set(places)):
+        raise ValueError(
+            "apart(mesh): the places of a process must be side by side along the axis "
+            f"{part.axes[0]!r}, got the processes {places}"
+        )
+    return places
 
 
 def _init(

@@ -119,7 +119,8 @@ def initialize(
         return jax.process_count()
     if backends_are_initialized():
         raise RuntimeError(
-            "initialize(): it must come before all that makes JAX look for its devices"
+            "initialize(): it must come before all that makes JAX look for its "
+            "devices: before arrays, meshes, and rules such as diloco()"
         )
     jax.config.update("jax_enable_preemption_service", False)
     jax.config.update("jax_enable_recoverability", recoverable)

@@ -124,8 +124,7 @@ class Journal:
         row |= {name: float(number) for name, number in noted.items()}
         self.rows.append(row)
         if self.bar is not None:
-            shown = {"loss": row["loss"]} if "loss" in row else {}
-            self.bar.set_postfix(shown | {"round": self.round, "MB": self.bytes / 1e6})
+            self.bar.set_postfix(shown(row))
 
     def _count_bytes(self, span: Span | None) -> dict[str, float]:
         """Adds what the round sent; where rounds differ the traced program knows."""
@@ -178,6 +177,19 @@ class Journal:
         self._write()
         workers = np.flatnonzero(~np.isfinite(loss)).tolist()
         raise NonFiniteLossError(self.step, workers, self.history(), state)
+
+
+def shown(row: Mapping[str, float]) -> dict[str, float]:
+    """Returns what a progress bar says of a round.
+
+    Args:
+      row: of a history.
+
+    Returns:
+      A few numbers by name.
+    """
+    loss = {"loss": row["loss"]} if "loss" in row else {}
+    return loss | {"round": row["round"], "MB": row["bytes"] / 1e6}
 
 
 def as_numbers(values: object) -> dict[str, float]:

@@ -20,6 +20,7 @@ from localsgd_jax.journal import (
     NonFiniteLossError,
     as_numbers,
     notes,
+    shown,
 )
 
 STEPS, WORK, ENDED, LEAVING, METRICS = range(5)
@@ -49,6 +50,7 @@ class Minutes:
         self.start = self.saved = self.step
         self.range, self.bytes, self.batch = mine.sent(state), 0, 0
         self.began, self.rows, self.written = time.perf_counter(), [], 0
+        self.bar = None
 
     def count(self, batches: PyTree) -> None:
         """Notes how many examples a worker takes in a step."""
@@ -73,6 +75,7 @@ class Minutes:
           seconds: from the arrival of this process until all had agreed.
           state: after the meeting.
         """
+        taken = step - self.step
         self.step, self.round = step, self.round + 1
         least, most = self.range
         self.bytes += most if least == most else self.mine.sent(state, self.round)[1]
@@ -96,6 +99,9 @@ class Minutes:
         self._check_finite(row, living, table[:, METRICS:], names, state)
         row |= {name: float(number) for name, number in notes(state).items()}
         self.rows.append(row)
+        if self.bar is not None:
+            self.bar.update(taken)
+            self.bar.set_postfix(shown(row) | {"alive": row["alive"]})
 
     def look(self, state: State, last: bool) -> None:
         """Evaluates and saves the mean of the living where it is time; records."""
@@ -112,6 +118,10 @@ class Minutes:
                 for row in self.rows[self.written :]:
                     looks.record(row)
         self.written = len(self.rows)
+
+    def close(self) -> None:
+        """Meets once more: who is done must hear whether process 0 is, too."""
+        self.company.together(lambda devices: None)
 
     def history(self) -> History:
         """Returns the rows as columns; what each process has had is (R, N)."""

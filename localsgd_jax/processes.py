@@ -1,6 +1,8 @@
 """Arrays that several processes hold: put there, read back, described."""
 
+import functools
 import zlib
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +28,9 @@ def place(x: jax.Array | np.ndarray, sharding: Sharding) -> jax.Array:
     """
     if sharding.is_fully_addressable or not _here(x):
         return jax.device_put(x, sharding)
-    return jax.make_array_from_callback(np.shape(x), sharding, lambda index: x[index])
+    if not hasattr(x, "shape"):  # A Python number, such as a count of steps.
+        x = jnp.asarray(x)
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
 def place_rows(
@@ -52,10 +56,17 @@ def on_host(tree: PyTree) -> PyTree:
     """Returns NumPy arrays in every process, by a collective if one lacks a part."""
     lacking = [x for x in jax.tree.leaves(tree) if not _whole(x)]
     if lacking:
-        mesh = lacking[0].sharding.mesh
-        everywhere = NamedSharding(mesh, P())
-        tree = jax.jit(lambda tree: tree, out_shardings=everywhere)(tree)
+        tree = _gather(NamedSharding(lacking[0].sharding.mesh, P()))(tree)
     return jax.tree.map(np.asarray, tree)
+
+
+@functools.cache
+def _gather(everywhere: Sharding) -> Callable:
+    """Returns the program that gives every process all.
+
+    One and the same: a new function at each call would be compiled at each call.
+    """
+    return jax.jit(lambda tree: tree, out_shardings=everywhere)
 
 
 def at_hand(tree: PyTree) -> PyTree:

@@ -16,11 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from localsgd_jax import agreement, checks, processes, schedules
+from localsgd_jax.adaptive import Adaptive
 from localsgd_jax.apart import Apart, catch_up, in_background
 from localsgd_jax.base import PyTree, State
 from localsgd_jax.company import Company
 from localsgd_jax.feed import Queue
-from localsgd_jax.journal import History
+from localsgd_jax.journal import History, open_bar
 from localsgd_jax.minutes import ENDED, LEAVING, STEPS, Looks, Minutes
 
 PREEMPTED = 128 + signal.SIGTERM
@@ -60,6 +61,7 @@ def train(
     record: Callable | None = None,
     save: Callable | None = None,
     save_every: int = 1000,
+    progress: bool | None = None,
     least: int = 1,
     timeout: float = 60.0,
     patience: float = 600.0,
@@ -99,6 +101,7 @@ def train(
         the mean of all (`mine.one` is its cluster), and the examples dealt since the
         call began.
       save_every: local steps after which the next round's end is saved, as is the end.
+      progress: whether process 0 shows a progress bar; None: if tqdm is installed.
       least: with fewer processes all end with exit code 75, after a checkpoint.
       timeout: seconds that a synchronisation may take once all who live are there.
       patience: seconds to wait for a process that lives and does not come.
@@ -113,7 +116,7 @@ def train(
 
     Raises:
       CompanyError: if the living cannot go on; in the others, if `evaluate`, `record`
-        or `save` fails in process 0 and a meeting follows.
+        or `save` fails in process 0.
       JobError: at the start, if the processes are about to do different things.
       NonFiniteLossError: in all, when the mean of the metric "loss" over a round of a
         process is not finite; it names all workers of that process.
@@ -134,8 +137,10 @@ def train(
     agreement.same("train()", _facts(state, pace, overlap, looks))
     minutes = Minutes(mine, company, state, looks)
     loop = _Loop(mine, company, minutes, batches, pace)
-    with _on_sigterm(loop.leave):
+    shows = company.me == 0 and progress
+    with _on_sigterm(loop.leave), open_bar(shows, steps, batches) as minutes.bar:
         state = _run(loop, state, overlap)
+        minutes.close()
     if loop.code:
         raise SystemExit(loop.code)
     return state, minutes.history()
@@ -234,6 +239,8 @@ class _Loop:
         living = list(self.company.living)
         if notes[:, STEPS].any():
             self.minutes.add(self.step, living, notes, self.names, seconds, state)
+            if isinstance(self.pace.schedule, Adaptive):
+                self.pace.schedule.learn(self.minutes.rows[-1], self.planned)
         leaving = [p for p, note in zip(living, notes, strict=True) if note[LEAVING]]
         self._tell(living, leaving)
         if not self.over:

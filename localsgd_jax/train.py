@@ -1,10 +1,10 @@
 """The host loop: feeds rounds to the devices, watches the loss, keeps a history."""
 
-import itertools
 import math
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import islice
 from typing import NamedTuple
 
 import jax
@@ -14,7 +14,7 @@ import numpy as np
 from localsgd_jax import agreement, checks, processes, rounds, schedules
 from localsgd_jax.adaptive import Adaptive
 from localsgd_jax.base import Cluster, PyTree, State
-from localsgd_jax.feed import Queue
+from localsgd_jax.feed import Convoy
 from localsgd_jax.journal import History, Journal, notes, open_bar
 from localsgd_jax.traffic import Span, Traffic
 
@@ -48,7 +48,7 @@ def train(
       cluster: where the workers live.
       state: from `cluster.init`, or from an earlier run.
       batches: any iterable of batches, leaves `(K, B, ...)`, such as `deal(...)`; of
-        several processes each must have as many, or at least `steps`.
+        several processes all end with the one whose batches end first, as in `zip`.
       every: a period or a schedule, called with the number of local updates.
       steps: local steps to do at most; None for all batches.
       weight: `(K,)` shares in every mean.
@@ -79,6 +79,8 @@ def train(
     Raises:
       NonFiniteLossError: when the metric "loss" of a worker is NaN or infinite; it
         carries the history so far.
+      JobError: if several processes are about to do different things, batches of one
+        have other shapes or fail, or one does not come.
       ValueError: if an argument is out of range or a batch does not have K shares.
       TypeError: if batches differ in structure, or `every` is no schedule.
 
@@ -101,7 +103,7 @@ def train(
     look_every = evaluate_every if evaluate else math.inf
     run = _dispatcher(cluster, weight, traffic := Traffic(state))
     journal = Journal(cluster, state, evaluate, field, record)
-    queue = Queue(itertools.islice(batches, steps), cluster.put, chunk)
+    queue = Convoy(islice(batches, steps), cluster.put, chunk, journal.holders)
     start, examples, computing = int(state.step), 0, None
     # Counted from the first round of all, so that a run that was interrupted looks,
     # saves and cuts its dispatches where it would have done without.
@@ -249,12 +251,13 @@ def _last_sync(
 
 
 def _compare(
-    cluster: Cluster, state: State, queue: Queue, journal: Journal, settings: tuple
+    cluster: Cluster, state: State, queue: Convoy, journal: Journal, settings: tuple
 ) -> None:
     """Makes sure that all processes are about to do the same."""
     if len(journal.holders) == 1:
         return
-    batch = cluster.put(queue.held[0][1]) if queue.ready() else None
+    queue.ready()
+    batch = None if (first := queue.first()) is None else cluster.put(first)
     names = ("every", "steps", "weight", "evaluate_every", "save_every", "chunk")
     programs = {
         "local step": (cluster.step, batch),
@@ -267,7 +270,6 @@ def _compare(
         "state": {"step": journal.step, "round": journal.round},
         "leaves": processes.described(state),
         "batch": processes.described(batch),
-        "batches read ahead": len(queue.held),
         "program": {
             name: _checksum(jax.jit(function).lower(state, argument).as_text())
             for name, (function, argument) in programs.items()

@@ -598,6 +598,24 @@ MUTANTS = {
         "if False else None",
         "test_apart.py -k weighed",
     ),
+    "keeps to itself that its data cannot be read": Mutant(
+        "feed.py",
+        'self.turns.take({"error": f"{type(error).__name__}: {error}"})',
+        "pass",
+        "test_processes.py -k cannot_read",
+    ),
+    "compares no shapes after the first batches": Mutant(
+        "feed.py",
+        "if said and ready:",
+        "if said and ready and not self.agreed:",
+        "test_processes.py -k smaller",
+    ),
+    "compiles what gathers the metrics each time": Mutant(
+        "processes.py",
+        "@functools.cache\n",
+        "",
+        "test_processes.py -k compiled_once",
+    ),
     "takes what only others have failed in": Mutant(
         "company.py",
         "if after == before and not failed:",

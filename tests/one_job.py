@@ -5,6 +5,7 @@
 Every process prints lines of JSON with its number.
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -131,12 +132,29 @@ def resumed(directory, steps):
 
 def scene_train(directory, steps, *names):
     lsgd.initialize(timeout=60)
+    say(case="compiled", few=compilations(8), many=compilations(32))
     for name in names:
         calls, numbers = trained(name)
         say(case=name, calls=calls, **numbers)
     if steps != "0":
         began, model = resumed(directory, int(steps))
         say(case="resumed", began=began, model=model)
+
+
+def compilations(steps):
+    """Trains in dispatches of 4 steps; returns how many programs JAX compiled."""
+    import jax
+
+    cluster, compiled = make_cluster(), []
+
+    def heard(event, seconds, **about):
+        compiled.append(event.endswith("backend_compile_duration"))
+
+    state, batches = cluster.init(network()), lsgd.deal(data(), WORKERS, BATCH)
+    jax.monitoring.register_event_duration_secs_listener(heard)
+    lsgd.train(cluster, state, batches, every=4, steps=steps, progress=False, chunk=4)
+    jax.monitoring.unregister_event_duration_listener(heard)
+    return sum(compiled)
 
 
 def refused(name, call):
@@ -157,6 +175,8 @@ def scene_differ(directory):
     foreign_visits()
     differ_at_start(odd)
     differ_in_training(odd, folder)
+    differ_in_data(odd, folder)
+    one_is_absent(odd, folder)
     if odd:
         raise ValueError("process 1 fails for good")
     time.sleep(600)
@@ -216,8 +236,6 @@ def differ_at_start(odd):
 def differ_in_training(odd, folder):
     import jax.numpy as jnp
 
-    from localsgd_jax import agreement
-
     def run(every=4, rate=0.02, batch=BATCH, steps=4, count=None, **more):
         cluster = make_cluster(rate=rate)
         batches = itertools.islice(lsgd.deal(data(), WORKERS, batch), count)
@@ -235,17 +253,77 @@ def differ_in_training(odd, folder):
     refused("beats", lambda: run(every=lambda step: step % (2 + odd) == 0))
     refused("rate", lambda: run(rate=0.04 if odd else 0.02))
     refused("batch", lambda: run(batch=2 if odd else 4))
-    refused("fewer", lambda: run(count=7 if odd else 8, steps=None))
-    refused("steps", lambda: run(count=7 if odd else 8, steps=6, chunk=4))
+    refused("nothing", lambda: run(count=0 if odd else 8, steps=None))
     refused("evaluate", lambda: run(evaluate=fails))
     refused("diverges", lambda: run(rate=1e38, steps=8))
     refused("alike", lambda: run(evaluate=only_one))
-    agreement.TIMEOUT = 2
-    if odd:
-        wait_for(folder, "missed")
-    else:
-        refused("absent", run)
-        done(folder, "missed")
+
+
+@contextlib.contextmanager
+def impatient():
+    """Nobody waits for another process for long."""
+    from localsgd_jax import agreement
+
+    before, agreement.TIMEOUT = agreement.TIMEOUT, 2
+    yield
+    agreement.TIMEOUT = before
+
+
+def fed(batches):
+    """Trains on all batches, with dispatches of 8 steps; says what came of it."""
+    cluster, saves = make_cluster(), []
+    state, history = lsgd.train(
+        cluster,
+        cluster.init(network()),
+        batches,
+        every=4,
+        save=lambda state, dealt: saves.append([int(state.step), dealt]),
+        save_every=3,
+        progress=False,
+        chunk=8,
+    )
+    model = {name: x.tolist() for name, x in lsgd.consensus(state).items()}
+    columns = {name: history[name].tolist() for name in ("step", "loss")}
+    return {"history": columns, "model": model, "saves": saves}
+
+
+def ending(count):
+    """As many batches."""
+    return itertools.islice(lsgd.deal(data(), WORKERS, BATCH), count)
+
+
+def differ_in_data(odd, folder):
+    """What happens where processes have read ahead what they compared."""
+
+    def broken():
+        yield from ending(21)
+        raise OSError("the disk is gone")
+
+    def smaller():
+        yield from ending(21)
+        yield from lsgd.deal(data(), WORKERS, 2)
+
+    def stuck():
+        yield from ending(21)
+        wait_for(folder, "given up again")
+
+    for name, count in (("shorter", 21), ("whole", 24), ("first", 5)):
+        say(case=name, **fed(ending(count if odd else 29)))
+    refused("unreadable", lambda: fed(broken() if odd else ending(29)))
+    refused("smaller", lambda: fed(smaller() if odd else ending(29)))
+    with impatient():
+        refused("stuck", lambda: fed(stuck() if odd else ending(29)))
+        done(folder, "given up again")
+
+
+def one_is_absent(odd, folder):
+    """The last of all: from then on the processes count their calls differently."""
+    with impatient():
+        if odd:
+            wait_for(folder, "missed")
+        else:
+            refused("absent", lambda: make_cluster().init(network()))
+            done(folder, "missed")
 
 
 if __name__ == "__main__":

@@ -70,6 +70,7 @@ def main(
     every=(),
     begin=(),
     broken=False,
+    evaluate_every=1000,
     slow=(),
     pause=0.0,
     last=(),
@@ -87,6 +88,7 @@ def main(
       every: the same, for each process.
       begin: parameters, for each process.
       broken: whether `evaluate` fails.
+      evaluate_every: rounds; the last one is evaluated in any case.
       slow: seconds that loading a batch takes, for each process.
       pause: the same for all.
       last: batches after which a process kills itself, by its number.
@@ -107,7 +109,8 @@ def main(
             saved = stack.enter_context(Checkpoints(directory, mine.one, alone=True))
             one, dealt = saved.restore(mine.one.init(start()))
             state, save = mine.spread(one), saved.save
-        print(json.dumps({"from": int(state.step), "process": me}), flush=True)
+        facts = {"from": int(state.step), "process": me, "pid": os.getpid()}
+        print(json.dumps(facts), flush=True)
         batches = lsgd.deal(data(), workers=WORKERS, batch=BATCH, start=dealt)
         wait = pause + (slow[me] if slow else 0)
         state, history = resilient.train(
@@ -117,10 +120,11 @@ def main(
             every=every[me] if every else period,
             steps=steps - int(state.step),
             evaluate=fails if broken else evaluate,
-            evaluate_every=1 if broken else 1000,
+            evaluate_every=evaluate_every,
             record=lambda row: print(json.dumps({"row": row}), flush=True),
             save=save,
             save_every=save_every,
+            progress=False,
             timeout=timeout,
             **options,
         )

@@ -1,6 +1,7 @@
 """Rounds of one process's own: the numbers of the whole, and no copies."""
 
 import threading
+import types
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jobs import run
 
 import localsgd_jax as lsgd
-from localsgd_jax.apart import _moved, _Part, apart, catch_up, in_background
+from localsgd_jax.apart import _moved, _owners, _Part, apart, catch_up, in_background
 from localsgd_jax.company import STRIKES
 from localsgd_jax.meshes import among
 
@@ -153,6 +154,17 @@ def test_meetings_that_cannot_be_are_refused(options, message):
         mine.agree(state, **options)
     with pytest.raises(ValueError, match=r"mean\(devices\): those of this process"):
         mine.mean(state.workers.params, jax.devices()[:1])
+
+
+def test_the_places_of_a_process_are_side_by_side():
+    def mixed(*processes):
+        devices = [types.SimpleNamespace(process_index=p) for p in processes]
+        mesh = types.SimpleNamespace(axis_names=("worker",), devices=np.array(devices))
+        return _Part(mesh, None, ("worker",))
+
+    assert _owners(mixed(1, 1, 0, 2)) == [1, 1, 0, 2]
+    with pytest.raises(ValueError, match=r"side by side .*, got .* \[0, 1, 0, 1\]"):
+        _owners(mixed(0, 1, 0, 1))
 
 
 def test_a_process_holds_whole_places():

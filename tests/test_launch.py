@@ -18,7 +18,8 @@ SLEEP = "time.sleep(60)\n"
 
 def launch(program, processes=2, **changes):
     """Runs a program under the launcher in this process; returns the exit code."""
-    settings = job.Settings([*PYTHON, ME + program], processes, 1, False, 0, 5.0)
+    command = [*PYTHON, ME + program]
+    settings = job.Settings(command, processes, processes, 1, False, 0, 5.0)
     return job.launch(settings._replace(**changes))
 
 
@@ -154,6 +155,63 @@ def test_a_job_that_failed_starts_again(capfd):
     lines = [line[4:] for line in sorted(out.splitlines())]
     assert len(lines) == 6 and len(set(lines)) == 3, "each time another port"
     assert "restart 2 of 3 after exit code 137" in err and "restart 3" not in err
+
+
+def with_broken(lot):
+    """A program that says where it is, and fails at once with a lot of devices."""
+    return (
+        "lot, turn = (os.environ[x] for x in ('JAX_LOCAL_DEVICE_IDS', "
+        "'LOCALSGD_RESTARTS'))\n"
+        "print(turn, me, os.environ['LOCALSGD_PROCESSES'], lot, flush=True)\n"
+        f"if lot == {lot!r}: sys.exit(3)\nif turn < '2': {SLEEP}"
+    )
+
+
+def starts(text):
+    """For each start: how many processes there were, and the lots of devices."""
+    found = {}
+    for turn, _, count, lot in sorted(line[4:].split() for line in text.splitlines()):
+        found.setdefault(int(turn), (int(count), []))[1].append(lot)
+    return found
+
+
+@pytest.mark.parametrize("broken", ["0,1", "2,3"])
+def test_who_fails_twice_in_a_row_is_left_out(capfd, broken):
+    lots = ["0,1", "2,3", "4,5"]
+    changes = {"processes": 3, "least": 2, "devices": 2, "restarts": 2}
+    assert launch(with_broken(broken), **changes) == 0
+    out, err = capfd.readouterr()
+    left = [lot for lot in lots if lot != broken]
+    assert starts(out) == {0: (3, lots), 1: (3, lots), 2: (2, left)}
+    number = lots.index(broken)
+    assert f"process {number} failed first twice in a row and is left out" in err
+    assert "[0] 2 0 2 " in out and "[1] 2 1 2 " in out, "renumbered"
+
+
+@pytest.mark.parametrize("least, restarts", [(3, 3), (1, 1)])
+def test_nobody_is_left_out_in_vain(capfd, least, restarts):
+    """If too few would be left, or if there is no other start."""
+    changes = {"processes": 3, "least": least, "restarts": restarts}
+    program = f"if me == 1: sys.exit(3)\n{SLEEP}"
+    assert launch(program, **changes) == 3
+    assert "left out" not in capfd.readouterr().err
+
+
+def test_who_fails_now_and_then_is_not_left_out(capfd):
+    program = (
+        "turn = int(os.environ['LOCALSGD_RESTARTS'])\n"
+        f"if turn == 4: sys.exit(0)\nif me == turn % 2: sys.exit(3)\n{SLEEP}"
+    )
+    assert launch(program, processes=2, least=1, restarts=4) == 0
+    assert "left out" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("count", ["0", "2:1", "0:2", "a", "2:", "-1"])
+def test_impossible_numbers_of_processes(count):
+    command = [sys.executable, "-m", "localsgd_jax", "launch", f"-n{count}", "--", "x"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2
+    assert f"it must be N or MIN:MAX, at least 1, got {count!r}" in ended.stderr
 
 
 def test_restarts_come_to_an_end():
@@ -356,7 +414,7 @@ def test_output_that_nobody_takes_is_a_failure(where, named):
 
 
 def test_lost_output_is_a_failure_also_after_the_last_process():
-    run = job.Run(job.Settings(["true"], 1, 1, False, 0, 5.0), 0)
+    run = job.Run(job.Settings(["true"], 1, 1, 1, False, 0, 5.0), 0, [0])
     run.events.put((None, 1))
     run._hear_out([])
     assert run.code == 1
@@ -395,4 +453,4 @@ def test_help_shows_an_example():
     shown = CliRunner().invoke(cli, ["launch", "--help"]).output
     assert "localsgd launch -n 4 -- python train.py" in shown
     refused = CliRunner().invoke(cli, ["launch", "-n", "0", "--", "true"])
-    assert refused.exit_code and "0 is not in the range x>=1" in refused.output
+    assert refused.exit_code and "N or MIN:MAX" in refused.output

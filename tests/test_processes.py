@@ -81,6 +81,11 @@ def test_four_processes_give_the_result_of_one(four):
     agree(four[1], "compressed")
 
 
+def test_programs_are_compiled_once_however_many_rounds_there_are(two):
+    for row in two["compiled"].values():
+        assert 0 < row["many"] <= row["few"]
+
+
 def test_a_checkpoint_of_four_processes_is_read_by_two_and_by_one(four, two, tmp_path):
     assert {row["began"] for row in four[1]["resumed"].values()} == {0}
     began, model = one_job.resumed(copied(four[0], tmp_path), 8)
@@ -111,8 +116,15 @@ def differing(tmp_path_factory):
         ("schedule", 'every: "every(4)" in process 0, "every(8)" in process 1'),
         ("beats", 'every: "[2, 4, 6, '),
         ("rate", "train(): program.local step: "),
-        ("batch", "train(): batch.[0]: "),
-        ("fewer", "train(): batches read ahead: 8 in process 0, 7 in process 1"),
+        (
+            "batch",
+            'train(batches): [0]: "float32[K, 4, 5]" in process 0, "float32[K, 2',
+        ),
+        ("nothing", 'train(): batch.[0]: "float32[4, 4, 5]" in process 0, nothing in'),
+        (
+            "smaller",
+            'train(batches): [0]: "float32[K, 4, 5]" in process 0, "float32[K, 2',
+        ),
     ],
 )
 def test_both_processes_name_the_difference(differing, case, named):
@@ -128,8 +140,31 @@ def test_late_processes_are_named(differing):
     assert absent[0]["error"] == "init(params): process 1 did not come within 2 s"
 
 
-def test_steps_that_all_have_need_no_equal_data(differing):
-    assert [differing[1]["steps"][i]["error"] for i in (0, 1)] == [None, None]
+@pytest.mark.parametrize("name, count", [("shorter", 21), ("whole", 24), ("first", 5)])
+def test_all_end_with_the_shortest_data(differing, name, count):
+    """In the middle of a round, at the end of a dispatch, in the first one."""
+    alone = one_job.fed(one_job.ending(count))
+    saved = [step for step, _ in alone["saves"]]
+    assert saved == [*range(3, count, 3), count]
+    for row in differing[1][name].values():
+        close(alone["history"], row["history"])
+        close(alone["model"], row["model"])
+        assert row["saves"] == alone["saves"]
+
+
+def test_who_cannot_read_its_data_says_so(differing):
+    rows = differing[1]["unreadable"]
+    assert rows[1] == {"kind": "OSError", "error": "the disk is gone"}
+    assert rows[0] == {
+        "kind": "JobError",
+        "error": "train(batches): process 1 has failed: OSError: the disk is gone",
+    }
+
+
+def test_nobody_waits_for_data_for_ever(differing):
+    rows = differing[1]["stuck"]
+    assert rows[0]["error"] == "train(batches): process 1 did not come within 2 s"
+    assert rows[1]["kind"] == "JobError"
 
 
 def test_another_job_on_the_port_is_sent_away(differing):
@@ -158,14 +193,45 @@ def test_a_process_that_fails_ends_the_job(differing):
     assert "process 1 ended with 1; ending the others" in ended.stderr
 
 
+def lines_of_one(ended):
+    """What an example has printed, which only process 0 may do."""
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    lines = [line for line in ended.stdout.split("\n") if "Gloo" not in line]
+    assert all(line.startswith("[0] ") for line in lines if line)
+    return [line[4:] for line in lines if line]
+
+
+def test_the_mnist_example(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    digits = rng.integers(2, size=640).astype(np.uint8)
+    pixels = rng.integers(100, size=(640, 28, 28)).astype(np.uint8)
+    pixels[:, 5:9] += 150 * digits[:, None, None]
+    names = {"x_train": pixels, "y_train": digits, "x_test": pixels, "y_test": digits}
+    np.savez(tmp_path / "mnist.npz", **names)
+    monkeypatch.setenv("LOCALSGD_DATA", str(tmp_path))
+    options = "--workers 4 --periods 2 --epochs 4 --figure curve.png".split()
+    path = HERE.parent / "examples" / "mnist.py"
+    row = lines_of_one(launch(2, str(path), *options, cwd=tmp_path))[1].split()
+    assert row[1:4] == ["4", "2", "10"] and float(row[5]) > 0.95
+    assert (tmp_path / "curve.png").stat().st_size
+
+
+def test_the_sharded_example(tmp_path):
+    (tmp_path / "data.txt").write_text("The quick brown fox. " * 400)
+    options = "--data data.txt --steps 4 --period 2".split()
+    path = HERE.parent / "examples" / "sharded.py"
+    devices = ["--devices-per-process", "4"]
+    ended = launch(2, str(path), *options, cwd=tmp_path, options=devices)
+    half, whole, apart = lines_of_one(ended)
+    assert half.startswith("4 workers of 2: 0.57") and "workers of 1: 1.00" in whole
+    assert float(apart.split()[-1]) < 1e-4
+
+
 def test_the_text_example(tmp_path):
     (tmp_path / "data.txt").write_text("abcdefgh" * 500)
     options = "--data data.txt --context 8 --periods 4 --steps 8 --workers 2 --depth 1"
     path = HERE.parent / "examples" / "text.py"
-    ended = launch(2, str(path), *options.split(), cwd=tmp_path)
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    lines = [line for line in ended.stdout.split("\n") if "Gloo" not in line]
-    assert all(line.startswith("[0] ") for line in lines if line)
+    lines = lines_of_one(launch(2, str(path), *options.split(), cwd=tmp_path))
     assert sum("every(4)" in line for line in lines) == 1
     assert (tmp_path / "text.png").stat().st_size
 

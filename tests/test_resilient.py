@@ -146,6 +146,14 @@ def test_the_launcher_starts_again_when_process_0_dies(tmp_path, usual):
     assert first == [0] * 3 and second in ([40] * 3, [50] * 3)
 
 
+@pytest.mark.slow
+def test_restarts_are_timed():
+    command = [sys.executable, str(HERE / "restarts.py"), "--kills", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("steps lost") == 2 and "median" in done.stdout
+
+
 @pytest.mark.parametrize(
     "settings, told",
     [
@@ -192,9 +200,16 @@ def test_too_few_save_and_ask_to_be_started_again(tmp_path):
     assert int(state.step) == row["step"]
 
 
-@pytest.mark.parametrize("overlap", [False, True])
-def test_what_fails_in_process_0_is_told_to_the_others(overlap):
-    with Job(2, steps=100, broken=True, overlap=overlap) as job:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"evaluate_every": 1},
+        {"evaluate_every": 1, "overlap": True},
+        {"steps": PERIOD},  # After the last round.
+    ],
+)
+def test_what_fails_in_process_0_is_told_to_the_others(options):
+    with Job(2, **({"steps": 100, "broken": True} | options)) as job:
         assert job.end(timeout=60) == [1, 1], job.tail()
         assert job.seen[0][-1] == "OSError: no table"
         assert "process 0: OSError: no table" in job.seen[1][-1]
@@ -238,6 +253,36 @@ def test_alone_it_is_train():
         assert history[name].tolist() == their_history[name].tolist()
     np.testing.assert_allclose(history["loss"], their_history["loss"], rtol=1e-5)
     assert [row["step"] for row in rows] == [4, 8, 12, 16, 18]
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_periods_may_follow_the_run(overlap):
+    """What is seen in a round holds for the next one that has not begun."""
+    schedule = lsgd.adacomm(8)
+    mine = alone()
+    _, history = resilient.train(
+        mine,
+        mine.init(start()),
+        dealt(),
+        every=schedule,
+        steps=100,
+        overlap=overlap,
+        progress=False,
+    )
+    lengths, ratio = np.diff(history["step"], prepend=0), history["loss"]
+    wanted = np.ceil(np.sqrt(ratio / ratio[0]) * 8)
+    late = 1 + overlap
+    assert (lengths[: 1 + late] == 8).all() and lengths[-2] < 6
+    falls = np.flatnonzero(np.minimum.accumulate(ratio) == ratio)
+    for r in falls[falls < len(lengths) - late - 1]:
+        assert lengths[r + late] <= wanted[r]
+
+
+def test_a_progress_bar_shows_rounds_and_who_lives(capsys):
+    mine = alone()
+    resilient.train(mine, mine.init(start()), dealt(), every=4, steps=18, progress=True)
+    err = capsys.readouterr().err
+    assert "18/18" in err and "round=5" in err and "alive=1" in err
 
 
 def test_overlapping_it_is_the_rule():

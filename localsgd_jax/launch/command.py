@@ -20,13 +20,30 @@ def _seconds(context: click.Context, option: click.Parameter, value: float) -> f
     return value
 
 
+class Counts(click.ParamType):
+    """How many processes: N, or MIN:MAX."""
+
+    name = "N or MIN:MAX"
+
+    def convert(
+        self, value: str, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, int]:
+        """Returns the least and the most."""
+        low, colon, high = value.partition(":")
+        high = high if colon else low
+        if not (low.isdecimal() and high.isdecimal() and 0 < int(low) <= int(high)):
+            self.fail(f"it must be N or MIN:MAX, at least 1, got {value!r}", param, ctx)
+        return int(low), int(high)
+
+
 @click.command(context_settings={"allow_interspersed_args": False})
 @click.option(
     "-n",
     "--processes",
     required=True,
-    type=click.IntRange(1),
-    help="How many processes to start.",
+    type=Counts(),
+    help="How many processes to start. Of MIN:MAX all MAX start; one that fails first "
+    "in two starts in a row is left out of later ones, while MIN are left.",
 )
 @click.option(
     "--devices-per-process",
@@ -58,7 +75,7 @@ def _seconds(context: click.Context, option: click.Parameter, value: float) -> f
 )
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 def launch(
-    processes: int,
+    processes: tuple[int, int],
     devices: int,
     elastic: bool,
     restarts: int,
@@ -83,7 +100,8 @@ def launch(
         sys.stderr = open(os.devnull, "w")
     if sys.stdout is None:
         raise click.ClickException("launch: the standard output is closed")
-    settings = job.Settings(command, processes, devices, elastic, restarts, grace)
+    least, most = processes
+    settings = job.Settings(command, most, least, devices, elastic, restarts, grace)
     try:
         code = job.launch(settings)
     except OSError as error:

@@ -46,7 +46,8 @@ class Settings(NamedTuple):
 
     Attributes:
       command: program and arguments.
-      processes: how many.
+      processes: how many at first.
+      least: how many at least, where one that fails again and again is left out.
       devices: CPU devices or accelerators of each.
       elastic: whether the others go on when one fails that is not process 0.
       restarts: how often a job that failed is started again.
@@ -55,6 +56,7 @@ class Settings(NamedTuple):
 
     command: Sequence[str]
     processes: int
+    least: int
     devices: int
     elastic: bool
     restarts: int
@@ -63,6 +65,9 @@ class Settings(NamedTuple):
 
 def launch(settings: Settings) -> int:
     """Runs a job, again if it fails and may be restarted.
+
+    A process that was the first to fail in two starts in a row is left out of the next
+    ones with its devices, as long as enough others are left.
 
     Args:
       settings: how.
@@ -74,27 +79,37 @@ def launch(settings: Settings) -> int:
     Raises:
       OSError: if the program cannot be started.
     """
-    code = 0
+    lots, blamed, code = list(range(settings.processes)), None, 0
     for turn in range(settings.restarts + 1):
         if turn:
             say(f"restart {turn} of {settings.restarts} after exit code {code}")
-        run = Run(settings, turn)
+        run = Run(settings, turn, lots)
         code = run.to_the_end()
-        if code == 0 or run.asked:
+        if code == 0 or run.asked or turn == settings.restarts:
             break
+        before, blamed = blamed, None if run.first is None else lots[run.first]
+        if blamed is not None and blamed == before and len(lots) > settings.least:
+            say(f"process {run.first} failed first twice in a row and is left out")
+            lots, blamed = [lot for lot in lots if lot != blamed], None
     return code
 
 
 class Run:
     """The processes of a job from one start to the end of the last of them."""
 
-    def __init__(self, settings: Settings, turn: int) -> None:
-        """Starts nothing yet."""
-        self.settings, self.turn = settings, turn
+    def __init__(self, settings: Settings, turn: int, lots: Sequence[int]) -> None:
+        """Starts nothing yet.
+
+        Args:
+          settings: how.
+          turn: number of this start, from 0.
+          lots: for each process, which lot of the devices it gets.
+        """
+        self.settings, self.turn, self.lots = settings, turn, lots
         self.events: queue.SimpleQueue = queue.SimpleQueue()
         self.planned: list[tuple[float, int, str]] = []
         self.started: list[subprocess.Popen] = []
-        self.asked, self.code = False, 0
+        self.asked, self.code, self.first = False, 0, None
 
     def to_the_end(self) -> int:
         """Starts all processes and waits for them; returns the exit code of the job."""
@@ -116,17 +131,17 @@ class Run:
         port = free_port()
         shared = {
             "LOCALSGD_COORDINATOR": f"127.0.0.1:{port}",
-            "LOCALSGD_PROCESSES": str(self.settings.processes),
+            "LOCALSGD_PROCESSES": str(len(self.lots)),
             "LOCALSGD_JOB": f"{os.getpid()}-{self.turn}",
             "LOCALSGD_RESTARTS": str(self.turn),
             "JAX_NUM_CPU_DEVICES": str(self.settings.devices),
             "PYTHONUNBUFFERED": "1",
             "NPROC": os.environ.get("NPROC", _threads(self.settings.devices)),
         }
-        for number in range(self.settings.processes):
+        for number, lot in enumerate(self.lots):
             one = subprocess.Popen(
                 self.settings.command,
-                env=os.environ | shared | _own(number, self.settings.devices),
+                env=os.environ | shared | _own(number, lot, self.settings.devices),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -199,6 +214,8 @@ class Run:
             self.code = code
         if self.planned:
             return
+        if self.first is None:
+            self.first = number
         end = matters and others
         if number is not None:
             say(f"process {number} ended with {code}" + "; ending the others" * end)
@@ -268,9 +285,9 @@ def _guard() -> subprocess.Popen:
     return guard
 
 
-def _own(number: int, devices: int) -> dict[str, str]:
+def _own(number: int, lot: int, devices: int) -> dict[str, str]:
     """Returns the variables in which one process differs from the others."""
-    first = number * devices
+    first = lot * devices
     return {
         "LOCALSGD_PROCESS": str(number),
         "JAX_LOCAL_DEVICE_IDS": ",".join(map(str, range(first, first + devices))),

@@ -89,7 +89,8 @@ def trained(name):
         **more,
     )
     model = lsgd.consensus(state)
-    del history["seconds"]
+    for name in ("seconds", "device_bytes"):  # Differ with the devices.
+        history.pop(name, None)
     return calls, {
         "history": {name: column.tolist() for name, column in history.items()},
         "model": {name: np.asarray(leaf).tolist() for name, leaf in model.items()},

@@ -3,6 +3,7 @@
 import collections
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -196,7 +197,9 @@ def test_a_process_that_fails_ends_the_job(differing):
 def lines_of_one(ended):
     """What an example has printed, which only process 0 may do."""
     assert ended.returncode == 0, ended.stderr[-3000:]
-    lines = [line for line in ended.stdout.split("\n") if "Gloo" not in line]
+    lines = ended.stdout.split("\n")
+    # Gloo writes from several threads at once, which tears its lines.
+    lines = [line for line in lines if not re.search("Gloo|peer ranks", line)]
     assert all(line.startswith("[0] ") for line in lines if line)
     return [line[4:] for line in lines if line]
 
@@ -259,5 +262,6 @@ def test_the_command_train(tmp_path):
     ]
     assert len(histories[0]) == len(histories[1]) > 2
     for one, two in zip(*histories, strict=True):
-        one["seconds"] = two["seconds"]
+        for row in (one, two):  # A device has more workers where there are fewer.
+            row.pop("seconds"), row.pop("device_bytes", None)
         assert one == pytest.approx(two, rel=1e-5, abs=1e-6, nan_ok=True)

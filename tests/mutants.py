@@ -25,6 +25,30 @@ class Mutant(NamedTuple):
 
 
 MUTANTS = {
+    "counts a dispatch of rounds as one": Mutant(
+        "traffic.py",
+        "high / (rounds or 1))",
+        "high)",
+        "test_traffic.py -k fused-8-delayed",
+    ),
+    "counts steps that do not agree as rounds": Mutant(
+        "traffic.py",
+        "sent(entries if rounds else _gated(entries))",
+        "sent(entries)",
+        "test_traffic.py -k gated-8-average",
+    ),
+    "counts what moves within a worker": Mutant(
+        "traffic.py",
+        "along(ledger(compiled, mesh=self.mesh), self.axes)",
+        "ledger(compiled, mesh=self.mesh)",
+        "test_traffic.py -k within",
+    ),
+    "batches the only worker of a device": Mutant(
+        "placement.py",
+        "if count == 1:",
+        "if False:",
+        "test_placement.py -k alone",
+    ),
     "lets a process of another job in": Mutant(
         "rollcall.py",
         'if theirs.get("job") != facts.get("job"):',

@@ -196,3 +196,39 @@ def test_parameters_may_come_sharded_over_the_workers(entry, width):
         state.workers.params, np.broadcast_to(np.arange(8), (4, 8))
     )
     assert state.workers.params.sharding.shard_shape((4, 8)) == (1, width)
+
+
+def _careful(worker, batch):
+    """A step that is skipped where the batch says so, with a key and a plain metric."""
+    key, noise = jax.random.split(worker["key"])
+    moved = jax.lax.cond(
+        batch.sum() > 0,
+        lambda x: x - 0.1 * batch + 0.01 * jax.random.normal(noise, x.shape),
+        lambda x: x,
+        worker["x"],
+    )
+    return {"x": moved, "key": key}, {"loss": (moved**2).sum(), "one": 1.0}
+
+
+def test_a_worker_alone_on_its_device_runs_as_it_is_written():
+    """Its conditions stay conditions, and the numbers are those of lanes."""
+    rules = {"x": lsgd.average(), "key": lsgd.keep()}
+    made = lsgd.from_train_step(_careful, rules)
+    places = {
+        "alone": lsgd.on_mesh(made, mesh(worker=4)),
+        "lanes": lsgd.on_mesh(made, mesh(worker=2), 4),
+        "one device": lsgd.simulate(made, 4),
+    }
+    batch = np.array([[1.0, 2.0], [-1.0, -2.0], [3.0, 1.0], [-3.0, 1.0]], np.float32)
+    found, kept = {}, {}
+    for name, place in places.items():
+        state = place.init({"x": jnp.ones(2), "key": jax.random.key(3)})
+        program = str(jax.make_jaxpr(place.step)(state, batch))
+        kept[name] = "cond[" in program
+        state, metrics = place.step(state, batch)
+        assert metrics["one"].shape == (4,)
+        found[name] = np.asarray(place.sync(state).workers["x"]), metrics["loss"]
+    assert kept == {"alone": True, "lanes": False, "one device": False}
+    for other in ("lanes", "one device"):
+        for a, b in zip(found["alone"], found[other], strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-6)

@@ -122,3 +122,14 @@ def test_every_piece_is_timed_as_often(name, most):
     timed = enough(method, most) - 1  # The first round does not count.
     assert timed % method.pieces == 0 and timed >= (3 if method.beside else 1)
     assert timed < max(most, 1 + 3 * method.pieces)
+
+
+def test_what_is_hidden_is_told_where_there_is_something_to_hide():
+    def row(method, mbit, step):
+        one = {"model": "mlp", "method": method, "mbit": mbit, "ms/step": step}
+        return one | {"ms/step alone": 10.0, "s to target": None}
+
+    rows = [row("DiLoCo", 100, 18.0), row("DiLoCo, beside", 100, 14.0)]
+    rows += [row("DiLoCo", 10, 101.0), row("DiLoCo, beside", 10, 99.0)]
+    hidden = [one["hidden"] for one in results.with_ratios(rows)]
+    assert hidden == [None, 0.5, None, None]

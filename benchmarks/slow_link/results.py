@@ -58,6 +58,8 @@ def with_ratios(rows: list[dict]) -> list[dict]:
     seconds T of a step of the same method that waits, and c of a step alone:
 
         (T_waits − T_beside) / min(c, T_waits − c)
+
+    Not told where that is less than a tenth of T_waits, which varies as much.
     """
 
     def peer(one: dict, name: str) -> dict:
@@ -73,8 +75,8 @@ def with_ratios(rows: list[dict]) -> list[dict]:
         waits = peer(one, one["method"].removesuffix(BESIDE)).get("ms/step")
         if not waits or not one["method"].endswith(BESIDE):
             return None
-        alone = one["ms/step alone"]
-        return (waits - one["ms/step"]) / min(alone, waits - alone)
+        most = min(one["ms/step alone"], waits - one["ms/step alone"])
+        return (waits - one["ms/step"]) / most if most > waits / 10 else None
 
     return [
         {key: value for key, value in one.items() if key != "losses"}

@@ -40,17 +40,23 @@ def build(name: str, tiny: bool) -> models.Model:
     return models.gpt(32, 1, 2, 256, 64) if tiny else models.gpt(vocabulary=256)
 
 
-def step_alone(model, optimizer, mesh, task, worker: int, steps: int = 8) -> float:
-    """Times local steps without any agreement."""
+def step_alone(model, optimizer, mesh, task, worker: int) -> float:
+    """Times local steps without any agreement, and without what a dispatch takes.
+
+    c = (t(20) − t(4)) / 16
+    """
     mine = apart(lsgd.local_sgd(model.loss, optimizer, rule=lsgd.average()), mesh)
-    drawn = tasks.batches(task, worker, mesh.size, steps)
-    state, drawn = mine.init(model.params), jax.tree.map(lambda x: x[:, None], drawn)
-    once(lambda: mine.round(state, drawn))
+    state, (few, many) = mine.init(model.params), (4, 20)
+
+    def seconds(steps: int) -> float:
+        drawn = tasks.batches(task, worker, mesh.size, steps)
+        drawn = jax.tree.map(lambda x: x[:, None], drawn)
+        return once(lambda: mine.round(state, drawn))
+
+    seconds(few), seconds(many)
     sync_global_devices("compiled")  # The others compute at the same time.
-    return (
-        statistics.median(once(lambda: mine.round(state, drawn)) for _ in range(5))
-        / steps
-    )
+    times = [seconds(many) - seconds(few) for _ in range(7)]
+    return statistics.median(times) / (many - few)
 
 
 def all_reduces(mesh, tiny: bool) -> list[Callable]:

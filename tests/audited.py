@@ -2,11 +2,13 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import localsgd_jax as lsgd
 
 shape = jax.ShapeDtypeStruct
+PENALTY = 0.05
 
 
 def loss_fn(params, batch):
@@ -146,6 +148,37 @@ def overlapped(mesh):
         shape((count, 1024, 1024), jnp.float32, sharding=split),
         shape((count, 6, 32, 1024), jnp.float32, sharding=split),
     )
+
+
+def logistic(mesh, lanes=2):
+    """For `localsgd plan --measure --steps`: with the loss of an example."""
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(400, 6)).astype(np.float32)
+    labels = np.sign(features @ np.ones(6) + rng.normal(size=400)).astype(np.float32)
+
+    def loss(x, example):
+        margin = example[1] * jnp.dot(example[0], x)
+        return jax.nn.softplus(-margin) + PENALTY * jnp.sum(x**2) / 2
+
+    def mean(x, batch):
+        return jnp.mean(jax.vmap(loss, (None, 0))(x, batch))
+
+    workers = lanes * mesh.shape["worker"]
+    made = lsgd.local_sgd(mean, optax.sgd(0.1), rule=lsgd.average())
+    cluster = lsgd.on_mesh(made, mesh, workers=workers)
+    batch = next(lsgd.deal((features, labels), workers, batch=5))
+    state = cluster.init(jnp.zeros(6))
+    return cluster, state, cluster.put(batch), loss, (features, labels)
+
+
+def logistic_of_the_batch(mesh):
+    return logistic(mesh)[:4]
+
+
+def saddle(mesh):
+    """A loss that the theory does not know."""
+    cluster, state, batch, *_ = logistic(mesh)
+    return cluster, state, batch, lambda x, example: x[0] ** 2 - 3 * x[1] ** 2
 
 
 def measured(mesh):

@@ -454,6 +454,42 @@ MUTANTS = {
         "1",
         "test_plan.py -k timed",
     ),
+    "measures constants at the start alone": Mutant(
+        "plan/cap.py",
+        "state, _ = step(state, batch)",
+        "step(state, batch)",
+        "test_plan.py -k goes_on",
+    ),
+    "caps with a shift that is too large": Mutant(
+        "plan/cap.py",
+        "constants.smoothness, period)",
+        "constants.smoothness, run.steps)",
+        "test_plan.py -k cap",
+    ),
+    "caps the period by worker and not by all of them": Mutant(
+        "plan/settings.py",
+        "workers = made.cluster.workers",
+        "pass",
+        "test_plan.py -k constants_cap",
+    ),
+    "trusts curvature that has not converged": Mutant(
+        "theory/estimate.py",
+        "float(values[0] - slack[0])",
+        "float(values[0])",
+        "test_theory.py -k safe_side",
+    ),
+    "forgets the vector before": Mutant(
+        "theory/estimate.py",
+        "product(now) - norm * before",
+        "product(now)",
+        "test_theory.py -k curvature",
+    ),
+    "takes the curvature of the last point": Mutant(
+        "theory/estimate.py",
+        "return min(least), max(most)",
+        "return least[-1], most[-1]",
+        "test_theory.py -k curvature_is_that_of_logistic",
+    ),
     "counts each piece of a chain": Mutant(
         "ledger/entries.py",
         "if piece.chain else number",

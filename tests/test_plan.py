@@ -2,13 +2,16 @@
 
 import json
 
+import audited
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
+import localsgd_jax as lsgd
 from localsgd_jax import cost, theory
 from localsgd_jax.audit import targets
 from localsgd_jax.cli import cli
-from localsgd_jax.plan import measure, report
+from localsgd_jax.plan import cap, measure, report
 
 LINK = cost.Link(latency=0.001, bandwidth=1e8)
 JOB = ["--compute", "0.2", "--parameters", "124000000"]
@@ -54,16 +57,13 @@ def test_fragments_and_overlap():
 def test_the_theory_caps_the_period():
     constants = ["--constants", "0.01", "1", "1", "1"]
     done = plan(*JOB, *constants, "--steps", "1000000")
+    assert "constants given: mu = 0.01, L = 1, sigma2 = 1, G2 = 1: drift" in done.output
     assert "* drift asks for no longer period" in done.output
     found = as_json(*JOB, *constants, "--steps", "1000000")
-    slowest = max(
-        cost.period_for_share(cost.Job(8, 0.2, 124_000_000), link, 0.1)
-        for link in cost.LINKS.values()
-    )
     assert found["longest"] == theory.longest_period(
         theory.Constants(0.01, 1, 1, 1),
         theory.Run(workers=8, period=1, steps=1_000_000),
-        theory.shift(0.01, 1, slowest),
+        theory.shift(0.01, 1, period=1),
     )
     for row in found["links"]:
         assert row["period"] <= found["longest"]
@@ -80,7 +80,9 @@ def test_the_figure(tmp_path):
     [
         ([], "--compute and --parameters are needed, or --measure"),
         ([*JOB, "--latency", "1"], "--latency and --bandwidth go together"),
-        ([*JOB, "--steps", "10"], "--constants and --steps go together"),
+        ([*JOB, "--steps", "10"], "--steps needs --constants, or --measure"),
+        ([*JOB, "--constants", "1", "1", "1", "1"], "--mu need --steps"),
+        ([*JOB, "--mu", "1", "--steps", "9"], "--mu goes with --measure, and not"),
         (["--measure", "audited:local"], "must return (cluster, state, batch)"),
         ([*JOB, "--constants", "2", "1", "1", "1", "--steps", "9"], "mu must be at"),
     ],
@@ -111,6 +113,90 @@ def test_a_measured_job(quick):
     assert here["link"] == "here"
     assert here["latency"] == pytest.approx(LINK.latency)
     assert here["bandwidth"] == pytest.approx(LINK.bandwidth)
+
+
+def test_measured_constants_cap_the_period(quick):
+    args = ["--measure", "audited:logistic", "--workers", "4", "--steps", "1000000"]
+    found = as_json(*args)
+    *_, (features, labels) = audited.logistic(targets.mesh(None, {"worker": 4}))
+    curvature = theory.logistic_curvature(features, audited.PENALTY)
+    measured = dict(found["constants"])
+    assert measured.pop("measured")
+    constants = theory.Constants(**measured)
+    # The run begins at 0: there are the largest curvature and gradients, aᵢ/2.
+    assert constants.smoothness == pytest.approx(curvature[1], rel=1e-3)
+    assert curvature[0] < constants.mu < constants.smoothness
+    gradients = features * labels[:, None] / 2
+    assert constants.second_moment == pytest.approx(
+        np.mean(np.sum(gradients**2, 1)), rel=1e-3
+    )
+    noise = np.sum((gradients - gradients.mean(0)) ** 2, 1)
+    assert constants.variance == pytest.approx(np.mean(noise), rel=1e-3)
+    # Two lanes on each of four devices, and the examples of a batch.
+    run = theory.Run(workers=8, period=1, steps=1_000_000, batch=5)
+    a = theory.shift(constants.mu, constants.smoothness, period=1)
+    assert found["longest"] == theory.longest_period(constants, run, a) > 1
+
+
+@pytest.mark.parametrize("variance, steps", [(1.0, 10**6), (1.0, 10**9), (1e4, 50)])
+def test_the_cap_is_the_longest_period_that_its_own_shift_allows(variance, steps):
+    constants = theory.Constants(1.0, 1.0, variance, 1.0)
+    run = theory.Run(workers=4, period=1, steps=steps)
+
+    def allowed(period):
+        shift = theory.shift(1.0, 1.0, period)
+        return theory.longest_period(constants, run, shift)
+
+    longest = cap.cap(constants, False, run).longest
+    assert longest == allowed(longest)
+    # Every longer one, at small distances and large, is longer than allowed.
+    longer = {longest + i for i in range(1, 50)} | {longest * 2**i for i in range(1, 9)}
+    assert all(allowed(x) < x for x in longer if x <= steps)
+
+
+def test_a_curvature_that_is_known(quick):
+    args = ["--measure", "audited:logistic_of_the_batch", "--steps", "1000000"]
+    done = plan(*args, "--workers", "2", "--mu", "0.05")
+    assert "constants measured: mu = 0.05, L = " in done.output
+    assert "drift asks for H of at most " in done.output
+    known = as_json(*args, "--workers", "2", "--mu", "0.05", "--batch", "1")
+    assert known["constants"]["mu"] == 0.05
+    # Examples of the batch alone: of 20, in place of 400.
+    whole = as_json("--measure", "audited:logistic", "--steps", "9", "--workers", "2")
+    assert known["constants"]["smoothness"] != pytest.approx(
+        whole["constants"]["smoothness"], rel=1e-3
+    )
+
+
+def test_the_run_that_is_measured_goes_on():
+    """Constants are the extremes of several points of a run, not of its start alone."""
+    made = audited.logistic(targets.mesh(None, {"worker": 2}))
+    path = [*cap.path_of(*made[:3])]
+    assert len(path) == cap.POINTS
+    state = made[1]
+    for _ in range(cap.STRIDE):
+        state, _ = made[0].step(state, made[2])
+    np.testing.assert_allclose(path[1], lsgd.consensus(state), rtol=1e-5)
+    least, most = theory.curvature(made[3], made[4], path)
+    found = cap.measure_constants(*made)
+    assert (found.mu, found.smoothness) == (least, most)
+    assert least < theory.curvature(made[3], made[4], path[:1])[0]
+
+
+def test_a_loss_that_the_theory_does_not_know(quick):
+    args = ["--measure", "audited:saddle", "--workers", "2", "--steps", "1000"]
+    (line,) = [x for x in plan(*args).output.splitlines() if "constants" in x]
+    assert line.startswith("constants measured: mu = -6, L = 2, ")
+    assert line.endswith(
+        "not strongly convex there, so there is no cap (--mu gives a known mu)"
+    )
+    found = as_json(*args)
+    assert found["longest"] is None and not any(x["capped"] for x in found["links"])
+
+
+def test_constants_without_a_loss(quick):
+    done = plan("--measure", "audited:measured", "--workers", "2", "--steps", "10")
+    assert done.exit_code == 1 and "(cluster, state, batch, loss)" in done.output
 
 
 def test_all_reduces_are_timed(monkeypatch):

@@ -7,8 +7,11 @@ import textwrap
 import numpy as np
 import pytest
 from cases import algorithm, batches, run
+from click.testing import CliRunner
 
 import localsgd_jax as lsgd
+from localsgd_jax.cli import cli
+from localsgd_jax.plan import measure
 
 HERE = pathlib.Path(__file__).parent.parent
 
@@ -29,6 +32,19 @@ def test_the_loop_of_the_readme(capsys, tmp_path, monkeypatch):
     assert (int(step), int(sent)) == (353, 21 * 140)
     assert float(loss) < 1 and float(error) < 1
     assert waiting.startswith("[8 8 8 8] ") and float(waiting.split()[-1]) < 1
+
+
+def test_the_planned_job_of_the_readme(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(measure, "SHORTEST", 1e-4)
+    (block,) = [x for x in blocks("README.md") if x.startswith("# planned.py")]
+    pathlib.Path("planned.py").write_text(block)
+    (line,) = [x for x in blocks("README.md", "console") if "planned:logistic" in x]
+    command, shown = line.splitlines()
+    args = command.removeprefix("$ localsgd ").removesuffix(" | tail -n 1").split()
+    done = CliRunner().invoke(cli, args)
+    assert done.exit_code == 0, done.output
+    assert done.output.splitlines()[-1] == shown
 
 
 def test_the_skeleton_of_a_rule_obeys_its_docstring():

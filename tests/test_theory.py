@@ -568,6 +568,11 @@ RUN = Run(workers=4, period=4, steps=100)
         (lambda: theory.quadratic_curvature([[1, 1], [0, 1]]), "must be symmetric"),
         (lambda: theory.estimate(None, None, [], 1.0, 1.0), "at least 1 point, got 0"),
         (lambda: theory.estimate(None, None, [1], 2.0, 1.0), "got 2.0 and 1.0"),
+        (lambda: theory.curvature(None, None, []), "at least 1 point, got 0"),
+        (
+            lambda: theory.curvature(lambda x, _: x**0.5, jnp.ones(2), [-1.0]),
+            "its Hessian must be finite, got nan",
+        ),
     ],
 )
 def test_impossible_arguments_are_refused(call, message):
@@ -664,6 +669,75 @@ def test_logistic_curvature_is_the_range_of_the_hessian(distance, attained):
     )
     if attained is not None:  # L at 0, μ far from it
         assert range_here[-attained] == pytest.approx(curvature[attained], rel=1e-9)
+
+
+def rotated(eigenvalues):
+    """A quadratic of a pytree whose Hessian has these eigenvalues."""
+    count = len(eigenvalues)
+    basis = np.linalg.qr(np.random.default_rng(0).normal(size=(count, count)))[0]
+    hessian = basis @ np.diag(eigenvalues) @ basis.T
+
+    def loss(params, example):
+        x = jnp.concatenate([params["first"], params["second"].ravel()])
+        return x @ jnp.asarray(hessian, jnp.float32) @ x / 2 - jnp.dot(example, x)
+
+    start = {"first": jnp.ones(count - 4), "second": jnp.ones((2, 2))}
+    return loss, jnp.ones((3, count)), start, hessian
+
+
+def test_curvature_is_that_of_a_quadratic():
+    loss, examples, start, hessian = rotated(np.geomspace(0.01, 7.0, 12))
+    found = theory.curvature(loss, examples, [start])
+    assert all(type(value) is float for value in found)
+    assert found == pytest.approx(theory.quadratic_curvature(hessian), rel=5e-3)
+
+
+def test_curvature_is_that_of_logistic_regression():
+    """L is attained at 0 and μ far away: each point of a path has its part."""
+    rng = np.random.default_rng(0)
+    features = (rng.normal(size=(30, 4)) * [3.0, 1.0, 1.0, 0.1]).astype(np.float32)
+
+    def loss(x, features):
+        return jax.nn.softplus(-jnp.dot(features, x)) + 0.1 * jnp.sum(x**2) / 2
+
+    path = [np.zeros(4, np.float32), np.full(4, 1e4, np.float32)]
+    expected = theory.logistic_curvature(features, 0.1)
+    assert theory.curvature(loss, features, path) == pytest.approx(expected, rel=1e-3)
+    assert theory.curvature(loss, features, path[::-1]) == pytest.approx(
+        expected, rel=1e-3
+    )
+
+
+@pytest.mark.parametrize("iterations", [5, 10, 20, 512])
+def test_curvature_errs_to_the_safe_side(iterations):
+    """Ended before it has converged, it returns an interval that is too large."""
+    eigenvalues = np.geomspace(0.001, 1.0, 60)
+    loss, examples, start, _ = rotated(eigenvalues)
+    mu, smoothness = theory.curvature(loss, examples, [start], iterations)
+    assert mu <= eigenvalues[0] and smoothness >= eigenvalues[-1]
+    if iterations == 512:
+        assert (mu, smoothness) == pytest.approx((0.001, 1.0), rel=0.02)
+
+
+def test_curvature_without_strong_convexity():
+    loss, examples, start, _ = rotated(np.linspace(-2.0, 5.0, 9))
+    assert theory.curvature(loss, examples, [start]) == pytest.approx(
+        (-2.0, 5.0), rel=1e-3
+    )
+    # Flat but for rounding is not strongly convex either.
+    features = np.random.default_rng(0).normal(size=(5, 20)).astype(np.float32)
+    flat, _ = theory.curvature(
+        lambda x, a: jax.nn.softplus(jnp.dot(a, x)), features, [np.zeros(20)]
+    )
+    assert -1e-4 < flat <= 0
+
+
+def test_curvature_of_half_precision_is_computed_in_float32():
+    loss, examples, start, hessian = rotated(np.geomspace(0.01, 7.0, 12))
+    halves = jax.tree.map(lambda x: x.astype(jnp.bfloat16), start)
+    assert theory.curvature(loss, examples, [halves]) == pytest.approx(
+        theory.quadratic_curvature(hessian), rel=5e-3
+    )
 
 
 DATA = {

@@ -15,7 +15,8 @@ _POSITIVE = click.FloatRange(min=0, min_open=True)
     "--measure",
     "name",
     metavar="MODULE:FUNCTION",
-    help="Times what FUNCTION returns for a mesh: a cluster, its state and a batch.",
+    help="Times what FUNCTION returns for a mesh: a cluster, its state and a batch; "
+    "with --steps also the loss of an example, and examples if not those of the batch.",
 )
 @click.option("--workers", type=click.IntRange(min=2), default=8, show_default=True)
 @click.option("--compute", type=_POSITIVE, help="Seconds for a local step.")
@@ -52,10 +53,21 @@ _POSITIVE = click.FloatRange(min=0, min_open=True)
     "--constants",
     type=(float, float, float, float),
     metavar="MU L SIGMA2 G2",
-    help="Of the problem: with --steps they cap the period as the theory does.",
+    help="Of the problem, in place of measured ones.",
 )
-@click.option("--steps", type=click.IntRange(min=1), help="Local steps of the run.")
-@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option(
+    "--mu", type=_POSITIVE, help="If known, such as the penalty; else measured."
+)
+@click.option(
+    "--steps",
+    type=click.IntRange(min=1),
+    help="Local steps of the run: caps the period by constants given or measured.",
+)
+@click.option(
+    "--batch",
+    type=click.IntRange(min=1),
+    help="Examples of a worker's step.  [default: 1, or as measured]",
+)
 @click.option("--figure", type=click.Path(path_type=Path), help="Picture to draw.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, nothing else.")
 def plan(figure: Path | None, share: float, as_json: bool, **options) -> None:
@@ -69,12 +81,17 @@ def plan(figure: Path | None, share: float, as_json: bool, **options) -> None:
     from localsgd_jax.plan.settings import Settings, settle
 
     with one_line():
-        job, links, longest = settle(Settings(share=share, **options))
-        found = report.rows(job, links, share, longest)
+        job, links, cap = settle(Settings(share=share, **options))
+        found = report.rows(job, links, share, cap.longest if cap else None)
         if figure is not None:
             report.draw(job, found, figure)
     if as_json:
-        result = {"job": job._asdict(), "longest": longest, "links": found}
+        result = {
+            "job": job._asdict(),
+            "longest": cap and cap.longest,
+            "constants": cap and cap.constants._asdict() | {"measured": cap.measured},
+            "links": found,
+        }
         click.echo(json.dumps(result, indent=2))
     else:
-        click.echo(report.table(job, found, share))
+        click.echo(report.table(job, found, share, cap))

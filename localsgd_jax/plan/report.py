@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from localsgd_jax import cost
+from localsgd_jax.plan.cap import Cap
 
 PERIODS = tuple(2**i for i in range(11))
 _MARKERS = "osD^vPX*"
@@ -48,13 +49,14 @@ def rows(
     return found
 
 
-def table(job: cost.Job, plan: list[dict], share: float) -> str:
+def table(job: cost.Job, plan: list[dict], share: float, cap: Cap | None = None) -> str:
     """Writes a plan, a line for each link.
 
     Args:
       job: what is trained.
       plan: rows.
       share: that was asked for.
+      cap: what the theory says, None if it was not asked.
 
     Returns:
       The lines.
@@ -90,8 +92,22 @@ def table(job: cost.Job, plan: list[dict], share: float) -> str:
                 if any(row["capped"] for row in plan)
                 else []
             ),
+            *([_capped(cap)] if cap else []),
         ]
     )
+
+
+def _capped(cap: Cap) -> str:
+    """Says what the theory makes of which constants."""
+    names = ("mu", "L", "sigma2", "G2")
+    numbers = zip(names, cap.constants, strict=True)
+    known = ", ".join(f"{name} = {number:.3g}" for name, number in numbers)
+    said = (
+        f"drift asks for H of at most {cap.longest}"
+        if cap.longest
+        else "not strongly convex there, so there is no cap (--mu gives a known mu)"
+    )
+    return f"constants {'measured' if cap.measured else 'given'}: {known}: {said}"
 
 
 def duration(seconds: float) -> str:

@@ -22,6 +22,7 @@ from localsgd_jax.theory.bounds import (
 )
 from localsgd_jax.theory.constants import Constants, Run, Terms
 from localsgd_jax.theory.estimate import (
+    curvature,
     estimate,
     logistic_curvature,
     quadratic_curvature,
@@ -38,6 +39,7 @@ __all__ = [
     "asynchronous_bound",
     "bound",
     "corrected_speedup",
+    "curvature",
     "descent",
     "drift",
     "estimate",

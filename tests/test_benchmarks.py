@@ -19,7 +19,8 @@ from benchmarks.peers import contestants, crew, problem  # noqa: E402
 COLUMNS = {
     "overhead": {"devices", "model", "parameters", "round ms", "steps ms", "ratio"},
     "scaling": {
-        *("K", "H", "parameters", "us/worker-step", "memory/minimum", "compile s")
+        *("K", "H", "parameters", "us/worker-step", "compile s"),
+        *("planned/minimum", "peak/minimum"),
     },
     "startup": {"what", "library s", "plain s", "ratio"},
     "prediction": {

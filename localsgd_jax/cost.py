@@ -45,8 +45,8 @@ class Job(NamedTuple):
       bits: for each of them on the wire.
       fragments: F, pieces that are exchanged one by one, each once in a round.
       overlap: local steps during which a piece may travel while workers go on.
-      overhead: o, seconds that a round takes besides its steps and the link: copies,
-        and the arithmetic of the rule.
+      overhead: o, seconds that a round takes besides its steps and the link: its
+        dispatch, copies, the arithmetic of the rule, and waiting for the last.
     """
 
     workers: int

@@ -430,6 +430,18 @@ MUTANTS = {
         "1",
         "test_plan.py -k timed",
     ),
+    "takes the dispatch for steps": Mutant(
+        "plan/measure.py",
+        "(some(1, turns) - some(1, 1)) / ((turns - 1) * BATCHES)",
+        "some(1, turns) / (turns * BATCHES)",
+        "test_plan.py -k made_of",
+    ),
+    "forgets what a round takes besides the link": Mutant(
+        "plan/measure.py",
+        "rest - cost.waiting_time(job, link)",
+        "0 - cost.waiting_time(job, link)",
+        "test_plan.py -k overhead",
+    ),
     "measures constants at the start alone": Mutant(
         "plan/cap.py",
         "state, _ = step(state, batch)",

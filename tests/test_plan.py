@@ -3,6 +3,7 @@
 import json
 
 import audited
+import jax
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -11,10 +12,17 @@ import localsgd_jax as lsgd
 from localsgd_jax import cost, theory
 from localsgd_jax.audit import targets
 from localsgd_jax.cli import cli
+from localsgd_jax.ledger import ledger
 from localsgd_jax.plan import cap, measure, report
 
 LINK = cost.Link(latency=0.001, bandwidth=1e8)
 JOB = ["--compute", "0.2", "--parameters", "124000000"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def eight_devices():
+    """JAX has started before a command asks it to start with fewer devices."""
+    jax.devices()
 
 
 def plan(*args):
@@ -100,7 +108,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(
         measure,
         "all_reduce_seconds",
-        lambda mesh, axis, size: cost.all_reduce_time(LINK, mesh.size, size),
+        lambda mesh, axis, size, repeats: cost.all_reduce_time(LINK, mesh.size, size),
     )
 
 
@@ -197,6 +205,46 @@ def test_a_loss_that_the_theory_does_not_know(quick):
 def test_constants_without_a_loss(quick):
     done = plan("--measure", "audited:measured", "--workers", "2", "--steps", "10")
     assert done.exit_code == 1 and "(cluster, state, batch, loss)" in done.output
+
+
+def test_what_a_round_is_made_of(monkeypatch):
+    """Steps that say nothing, and besides them all that a round of one step takes."""
+    devices, programs = targets.mesh(None, {"worker": 4}), {}
+
+    def known(function, state, batches, *first):
+        talk = ledger(function, state, batches, *first, mesh=devices)
+        programs[function.__name__] = talk
+        (length,) = {x.shape[0] for x in jax.tree.leaves(batches)}
+
+        def seconds(times, turns=1):
+            steps = turns * length
+            return times * (0.002 + steps * 0.01 + len(talk) * 0.03)
+
+        return seconds
+
+    monkeypatch.setattr(measure, "_going_on", known)
+    found = measure.round_seconds(*audited.measured(devices))
+    assert found == pytest.approx((0.01, 0.032))
+    assert programs["steps"] == ()
+    (entry,) = programs["one_round"]
+    assert entry.axes == ("worker",) and not entry.looped and not entry.conditional
+
+
+@pytest.mark.parametrize("rest, more", [(0.5, 0.3), (0.1, 0.0)])
+def test_what_the_link_does_not_explain_is_overhead(monkeypatch, rest, more):
+    devices = targets.mesh(None, {"worker": 4})
+    made = audited.measured(devices)
+    size = 4 * 256 * 512
+    link = cost.Link(0.0, 1.5 * size / 0.2)  # with which its model takes 0.2 s
+    monkeypatch.setattr(measure, "round_seconds", lambda *given: (0.01, rest))
+    monkeypatch.setattr(
+        measure,
+        "all_reduce_seconds",
+        lambda mesh, axis, size, repeats: cost.all_reduce_time(link, 4, size),
+    )
+    job, fitted, *_ = measure.measure(*made, devices)
+    assert job.overhead == pytest.approx(more)
+    assert cost.round_time(job, fitted, 16) == pytest.approx(0.16 + max(rest, 0.2))
 
 
 def test_all_reduces_are_timed(monkeypatch):

@@ -1,4 +1,4 @@
-"""Times a local step and an all-reduce on the devices that are here."""
+"""Times a local step, a round and an all-reduce on the devices that are here."""
 
 import statistics
 import time
@@ -12,8 +12,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from localsgd_jax import cost, fields
 from localsgd_jax.base import Cluster, PyTree, State
 from localsgd_jax.ledger import Entry, ledger
+from localsgd_jax.rounds import fused
 
-REPEATS, SHORTEST = 5, 0.05
+REPEATS, SHORTEST, BATCHES = 5, 0.05, 4
 LARGE = 2**22  # Bytes enough for a bandwidth to show.
 
 
@@ -22,7 +23,7 @@ class Measured(NamedTuple):
 
     Attributes:
       job: with the time of a step, the size of the model, its bits on the wire, and
-        what a synchronisation takes besides the link.
+        what a round takes besides its steps and the link.
       link: that explains the times of all-reduces.
       sizes, seconds: bytes and times of the all-reduces.
     """
@@ -34,16 +35,23 @@ class Measured(NamedTuple):
 
 
 def measure(
-    cluster: Cluster, state: State, batch: PyTree, mesh: Mesh, axis: str = "worker"
+    cluster: Cluster,
+    state: State,
+    batch: PyTree,
+    mesh: Mesh,
+    axis: str = "worker",
+    repeats: int = REPEATS,
 ) -> Measured:
-    """Times the local steps of a cluster, and all-reduces of up to its model's size.
+    """Times steps and rounds of a cluster, and all-reduces of up to its model's size.
 
-    The largest all-reduce has 4 MB at least.
+    The largest all-reduce has 4 MB at least. What a round takes besides its steps and a
+    predicted exchange counts as its overhead.
 
     Args:
       cluster, state, batch: as for `cluster.step`.
       mesh: on which the cluster lives.
       axis: between workers.
+      repeats: times of which each median is.
 
     Returns:
       What was measured.
@@ -60,42 +68,61 @@ def measure(
     parameters = sum(x.size // cluster.workers for x in params)
     largest = max(4 * parameters, LARGE)
     sizes = tuple(largest // part for part in (64, 8, 1))
-    seconds = tuple(all_reduce_seconds(mesh, axis, size) for size in sizes)
+    seconds = tuple(all_reduce_seconds(mesh, axis, size, repeats) for size in sizes)
     sent = cluster.sent(state)[1] * cluster.workers / (2 * (cluster.workers - 1))
     link = cost.fit_link(places, sizes, seconds)
-    job = cost.Job(
-        workers=places,
-        compute=step_seconds(cluster, state, batch),
-        parameters=parameters,
-        bits=8 * sent / parameters,
-    )
-    besides = sync_seconds(cluster, state) - cost.waiting_time(job, link)
-    return Measured(job._replace(overhead=max(0.0, besides)), link, sizes, seconds)
+    step, rest = round_seconds(cluster, state, batch, repeats)
+    job = cost.Job(places, step, parameters, bits=8 * sent / parameters)
+    overhead = max(0.0, rest - cost.waiting_time(job, link))
+    return Measured(job._replace(overhead=overhead), link, sizes, seconds)
 
 
-def step_seconds(cluster: Cluster, state: State, batch: PyTree) -> float:
-    """Times a local step among many in one dispatch, as in a fused round."""
+def round_seconds(
+    cluster: Cluster, state: State, batch: PyTree, repeats: int = REPEATS
+) -> tuple[float, float]:
+    """Times what a fused round is made of: local steps, and the rest.
 
-    def many(state: State, count: jax.Array) -> State:
-        return jax.lax.fori_loop(
-            0, count, lambda _, state: cluster.step(state, batch)[0], state
-        )
+        c = (t(N) − t(B))/(N − B),  w = r − c
 
-    return _each(jax.jit(many), state)
+    t(n) is a dispatch of n steps, B or many times B; r is a fused round of one step. As
+    in any round batches are stacked over time, states donated, dispatches waited for.
+
+    Args:
+      cluster, state, batch: as for `cluster.step`.
+      repeats: times of which the medians are.
+
+    Returns:
+      Seconds of a step, and of what else a round takes: the exchange, the rule, the
+      dispatch, and waiting for the last.
+    """
+    stacked = jax.tree.map(lambda x: jnp.stack([x] * BATCHES), batch)
+    first = jax.tree.map(lambda x: x[:1], stacked)
+
+    def steps(state: State, batches: PyTree, turns: jax.Array) -> tuple[State, None]:
+        def turn(_, state: State) -> State:
+            return jax.lax.scan(cluster.step, state, batches)[0]
+
+        return jax.lax.fori_loop(0, turns, turn, state), None
+
+    some = _going_on(steps, state, cluster.put(stacked, time=True), 1)
+    whole = _going_on(fused(cluster), state, cluster.put(first, time=True))
+    times = _enough(whole)
+    # One step is the difference of two times, so the longer one is made long.
+    turns = max(2, _enough(lambda turns: some(1, turns), 6 * SHORTEST))
+    found = []
+    for _ in range(repeats):
+        step = (some(1, turns) - some(1, 1)) / ((turns - 1) * BATCHES)
+        # Many rounds, since a rule may not do the same in each.
+        found.append((step, whole(times) / times - step))
+    step, rest = (statistics.median(column) for column in zip(*found, strict=True))
+    return max(step, 1e-9), max(rest, 0.0)
 
 
-def sync_seconds(cluster: Cluster, state: State) -> float:
-    """Times a synchronisation among many in one dispatch."""
-
-    def many(state: State, count: jax.Array) -> State:
-        return jax.lax.fori_loop(0, count, lambda _, state: cluster.sync(state), state)
-
-    return _each(jax.jit(many), state)
-
-
-def all_reduce_seconds(mesh: Mesh, axis: str, size: int) -> float:
+def all_reduce_seconds(
+    mesh: Mesh, axis: str, size: int, repeats: int = REPEATS
+) -> float:
     """Times an all-reduce of so many bytes among many in one dispatch."""
-    return _each(*_all_reduces(mesh, axis, size))
+    return _each(*_all_reduces(mesh, axis, size), repeats)
 
 
 def all_reduce_entries(mesh: Mesh, axis: str, size: int) -> tuple[Entry, ...]:
@@ -135,14 +162,36 @@ def timed(function: Callable, *args) -> float:
     return time.perf_counter() - began
 
 
-def _each(many: Callable, start: PyTree) -> float:
+def _going_on(function: Callable, state: State, batches: PyTree, *first) -> Callable:
+    """Makes timed calls, so many in a row, that go on from the state before."""
+    call = jax.jit(function, donate_argnums=0)
+    held = [jax.tree.map(jnp.copy, state)]
+
+    def seconds(times: int, *more) -> float:
+        began = time.perf_counter()
+        for _ in range(times):
+            held[0], metrics = call(held[0], batches, *more)
+            jax.block_until_ready((held[0], metrics))
+        return time.perf_counter() - began
+
+    seconds(1, *first)
+    return seconds
+
+
+def _enough(seconds: Callable[[int], float], least: float | None = None) -> int:
+    """Returns how many are needed to fill a time, the shortest if none is given."""
+    count, least = 1, SHORTEST if least is None else least
+    while seconds(count) < least:
+        count *= 2
+    return count
+
+
+def _each(many: Callable, start: PyTree, repeats: int) -> float:
     """Times one turn of a loop: the median of what is left without the dispatch."""
     jax.block_until_ready(many(start, 1))
-    count = 1
-    while timed(many, start, count) < SHORTEST:
-        count *= 2
+    count = _enough(lambda count: timed(many, start, count))
     seconds = [
         (timed(many, start, 2 * count) - timed(many, start, count)) / count
-        for _ in range(REPEATS)
+        for _ in range(repeats)
     ]
     return max(statistics.median(seconds), 1e-9)

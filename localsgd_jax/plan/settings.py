@@ -169,4 +169,7 @@ def _cap(settings: Settings, made: Made | None) -> Cap | None:
             "plan: --steps needs --constants, or a function that returns (cluster, "
             "state, batch, loss)"
         )
-    return cap(measure_constants(*made, mu=settings.mu), True, run)
+    constants = measure_constants(
+        made.cluster, made.state, made.batch, made.loss, made.examples, settings.mu
+    )
+    return cap(constants, True, run)

@@ -3,7 +3,8 @@
 In each repetition `plan.measure` times dispatches of local steps, rounds of one step,
 and all-reduces of three sizes, from which `cost.round_time` predicts fused rounds of 4,
 16 and 64 steps. These are timed before and after, each for a tenth of a second at
-least. The ratio is the median over the repetitions. Aim: within 15 %.
+least. The ratio is the median over 15 repetitions, of one measurement each, so that
+what else the machine does slows both. Aim: within 15 %.
 """
 
 import math
@@ -59,7 +60,7 @@ def rows_for(model: models.Model, workers: int, periods, repeats: int) -> list[d
     found: dict[int, list] = {period: [] for period in periods}
     before = timed()
     for _ in range(repeats):
-        measured = measure.measure(cluster, state, batch, mesh)
+        measured = measure.measure(cluster, state, batch, mesh, repeats=1)
         after = timed()
         for period, runs in found.items():
             seconds = (before[period] + after[period]) / 2
@@ -86,5 +87,5 @@ def run(devices: int, tiny: bool) -> list[dict]:
     return [
         row
         for workers in counts
-        for row in rows_for(model, workers, periods, 1 if tiny else 5)
+        for row in rows_for(model, workers, periods, 1 if tiny else 15)
     ]

@@ -108,7 +108,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(
         measure,
         "all_reduce_seconds",
-        lambda mesh, axis, size: cost.all_reduce_time(LINK, mesh.size, size),
+        lambda mesh, axis, size, repeats: cost.all_reduce_time(LINK, mesh.size, size),
     )
 
 
@@ -236,11 +236,11 @@ def test_what_the_link_does_not_explain_is_overhead(monkeypatch, rest, more):
     made = audited.measured(devices)
     size = 4 * 256 * 512
     link = cost.Link(0.0, 1.5 * size / 0.2)  # with which its model takes 0.2 s
-    monkeypatch.setattr(measure, "round_seconds", lambda *made: (0.01, rest))
+    monkeypatch.setattr(measure, "round_seconds", lambda *given: (0.01, rest))
     monkeypatch.setattr(
         measure,
         "all_reduce_seconds",
-        lambda mesh, axis, size: cost.all_reduce_time(link, 4, size),
+        lambda mesh, axis, size, repeats: cost.all_reduce_time(link, 4, size),
     )
     job, fitted, *_ = measure.measure(*made, devices)
     assert job.overhead == pytest.approx(more)

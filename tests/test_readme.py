@@ -37,6 +37,8 @@ def test_the_loop_of_the_readme(capsys, tmp_path, monkeypatch):
 def test_the_planned_job_of_the_readme(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(measure, "SHORTEST", 1e-4)
+    # Times as short as these are noise, from which no link can be told.
+    monkeypatch.setattr(measure, "all_reduce_seconds", lambda *given: given[2] * 1e-9)
     (block,) = [x for x in blocks("README.md") if x.startswith("# planned.py")]
     pathlib.Path("planned.py").write_text(block)
     (line,) = [x for x in blocks("README.md", "console") if "planned:logistic" in x]

@@ -35,7 +35,12 @@ class Measured(NamedTuple):
 
 
 def measure(
-    cluster: Cluster, state: State, batch: PyTree, mesh: Mesh, axis: str = "worker"
+    cluster: Cluster,
+    state: State,
+    batch: PyTree,
+    mesh: Mesh,
+    axis: str = "worker",
+    repeats: int = REPEATS,
 ) -> Measured:
     """Times steps and rounds of a cluster, and all-reduces of up to its model's size.
 
@@ -46,6 +51,7 @@ def measure(
       cluster, state, batch: as for `cluster.step`.
       mesh: on which the cluster lives.
       axis: between workers.
+      repeats: times of which each median is.
 
     Returns:
       What was measured.
@@ -62,16 +68,18 @@ def measure(
     parameters = sum(x.size // cluster.workers for x in params)
     largest = max(4 * parameters, LARGE)
     sizes = tuple(largest // part for part in (64, 8, 1))
-    seconds = tuple(all_reduce_seconds(mesh, axis, size) for size in sizes)
+    seconds = tuple(all_reduce_seconds(mesh, axis, size, repeats) for size in sizes)
     sent = cluster.sent(state)[1] * cluster.workers / (2 * (cluster.workers - 1))
     link = cost.fit_link(places, sizes, seconds)
-    step, rest = round_seconds(cluster, state, batch)
+    step, rest = round_seconds(cluster, state, batch, repeats)
     job = cost.Job(places, step, parameters, bits=8 * sent / parameters)
     overhead = max(0.0, rest - cost.waiting_time(job, link))
     return Measured(job._replace(overhead=overhead), link, sizes, seconds)
 
 
-def round_seconds(cluster: Cluster, state: State, batch: PyTree) -> tuple[float, float]:
+def round_seconds(
+    cluster: Cluster, state: State, batch: PyTree, repeats: int = REPEATS
+) -> tuple[float, float]:
     """Times what a fused round is made of: local steps, and the rest.
 
         c = (t(N) − t(B))/(N − B),  w = r − c
@@ -81,6 +89,7 @@ def round_seconds(cluster: Cluster, state: State, batch: PyTree) -> tuple[float,
 
     Args:
       cluster, state, batch: as for `cluster.step`.
+      repeats: times of which the medians are.
 
     Returns:
       Seconds of a step, and of what else a round takes: the exchange, the rule, the
@@ -101,17 +110,21 @@ def round_seconds(cluster: Cluster, state: State, batch: PyTree) -> tuple[float,
     # One step is the difference of two times, so the longer one is made long.
     turns = max(2, _enough(lambda turns: some(1, turns), 6 * SHORTEST))
     found = []
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         step = (some(1, turns) - some(1, 1)) / ((turns - 1) * BATCHES)
         # Many rounds, since a rule may not do the same in each.
         found.append((step, whole(times) / times - step))
     step, rest = (statistics.median(column) for column in zip(*found, strict=True))
     return max(step, 1e-9), max(rest, 0.0)
 
+    Args:
+      cluster, state, batch: as for `cluster.step`.
 
-def all_reduce_seconds(mesh: Mesh, axis: str, size: int) -> float:
+def all_reduce_seconds(
+    mesh: Mesh, axis: str, size: int, repeats: int = REPEATS
+) -> float:
     """Times an all-reduce of so many bytes among many in one dispatch."""
-    return _each(*_all_reduces(mesh, axis, size))
+    return _each(*_all_reduces(mesh, axis, size), repeats)
 
 
 def all_reduce_entries(mesh: Mesh, axis: str, size: int) -> tuple[Entry, ...]:
@@ -175,12 +188,12 @@ def _enough(seconds: Callable[[int], float], least: float | None = None) -> int:
     return count
 
 
-def _each(many: Callable, start: PyTree) -> float:
+def _each(many: Callable, start: PyTree, repeats: int) -> float:
     """Times one turn of a loop: the median of what is left without the dispatch."""
     jax.block_until_ready(many(start, 1))
     count = _enough(lambda count: timed(many, start, count))
     seconds = [
         (timed(many, start, 2 * count) - timed(many, start, count)) / count
-        for _ in range(REPEATS)
+        for _ in range(repeats)
     ]
     return max(statistics.median(seconds), 1e-9)

@@ -117,8 +117,6 @@ def round_seconds(
     step, rest = (statistics.median(column) for column in zip(*found, strict=True))
     return max(step, 1e-9), max(rest, 0.0)
 
-    Args:
-      cluster, state, batch: as for `cluster.step`.
 
 def all_reduce_seconds(
     mesh: Mesh, axis: str, size: int, repeats: int = REPEATS

@@ -1,1 +1,1 @@
-"""Measurements: `python -m benchmarks` runs them all and writes what they found."""
+"""Measurements of the library: `python -m benchmarks --help`."""

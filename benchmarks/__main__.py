@@ -1,11 +1,11 @@
-"""Runs measurements, each for each number of devices in a process of its own.
+"""Runs measurements, each number of devices in its own process.
 
-    python -m benchmarks                    all that need but a CPU
-    python -m benchmarks overhead --tiny    one, small enough to see that it works
-    python -m benchmarks accelerator        the one that needs a GPU or a TPU
+    python -m benchmarks                    all measurements that need only a CPU
+    python -m benchmarks overhead --tiny    one, small enough to check that it runs
+    python -m benchmarks accelerator        needs a GPU or a TPU
 
 Writes NAME.json and NAME.txt into --out (default: benchmark-results), and
-benchmarks.png with all measurements that are there.
+benchmarks.png with all measurements found there.
 """
 
 import argparse
@@ -15,84 +15,117 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-from benchmarks import figure, record
+from benchmarks import reporting, summary_figure
 
-NAMES = ("overhead", "scaling", "startup", "prediction", "peers")
-ACCELERATED = ("accelerator",)
+CPU_BENCHMARKS = {
+    "overhead": "benchmarks.overhead",
+    "scaling": "benchmarks.scaling",
+    "startup": "benchmarks.import_time",
+    "prediction": "benchmarks.cost_model_accuracy",
+    "baselines": "benchmarks.baselines",
+}
+ACCELERATOR_BENCHMARKS = {"accelerator": "benchmarks.accelerator_lanes"}
+BENCHMARKS = CPU_BENCHMARKS | ACCELERATOR_BENCHMARKS
+DESCRIPTIONS = {
+    "overhead": "a round over its local steps alone",
+    "scaling": "time, memory and compile time over K, H and the number of parameters",
+    "startup": "import and first step over jax and optax alone",
+    "prediction": "predicted over measured times of rounds",
+    "baselines": "comparison with plain JAX, DrJAX, PyTorch, accelerate and torchft",
+    "accelerator": "lanes of a GPT on one GPU or TPU",
+}
+SCRIPTS = """
+other measurements, each with its own options:
+
+    python -m benchmarks.slow_link              time to a loss over slow links (root)
+    python -m benchmarks.convergence            held-out loss of DiLoCo variants
+    python -m benchmarks.rule_costs             bytes, state and time of every rule
+    python -m benchmarks.simulation_throughput  simulated worker-steps per second
+    python -m benchmarks.train_overhead         the training loop over a bare loop
+"""
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument(
-        "names", nargs="*", metavar="NAME", help=", ".join(NAMES + ACCELERATED)
+def load_module(name: str) -> Any:
+    """Imports the module of a measurement."""
+    return importlib.import_module(BENCHMARKS[name])
+
+
+def parse_arguments() -> argparse.Namespace:
+    listed = "".join(f"    {name:<12} {DESCRIPTIONS[name]}\n" for name in BENCHMARKS)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=__doc__,
+        epilog=f"measurements:\n\n{listed}{SCRIPTS}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="default: all on CPU")
+    parser.add_argument("--tiny", action="store_true", help="small enough for a test")
     parser.add_argument("--out", type=Path, default=Path("benchmark-results"))
     parser.add_argument("--devices", type=int, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    for name in given.names:
-        if name not in NAMES + ACCELERATED:
-            parser.error(
-                f"there is no measurement {name!r}; there are {NAMES + ACCELERATED}"
-            )
-    return given
+    options = parser.parse_args()
+    for name in options.names:
+        if name not in BENCHMARKS:
+            parser.error(f"NAME must be one of {', '.join(BENCHMARKS)}, got {name!r}")
+    return options
 
 
-def here(name: str, devices: int, tiny: bool) -> None:
-    """Runs one measurement in this process and prints its rows."""
+def run_in_process(name: str, devices: int, tiny: bool) -> None:
+    """Runs one measurement in this process and prints its rows as JSON."""
     import jax
 
-    if tiny or name not in ACCELERATED:
+    if tiny or name not in ACCELERATOR_BENCHMARKS:
         jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", devices)
-    rows = importlib.import_module(f"benchmarks.{name}").run(devices, tiny)
-    print(json.dumps(rows))
+    print(json.dumps(load_module(name).run(devices, tiny)))
 
 
-def elsewhere(name: str, devices: int, tiny: bool) -> list[dict]:
-    """Runs one measurement in another process."""
+def run_in_subprocess(name: str, devices: int, tiny: bool) -> list[dict]:
+    """Runs one measurement in another process and returns its rows."""
     command = [sys.executable, "-m", "benchmarks", name, "--devices", str(devices)]
     done = subprocess.run(
         [*command, *(["--tiny"] if tiny else [])],
-        env=os.environ | {"NPROC": str(threads(devices))},
+        env=os.environ | {"NPROC": str(num_threads(devices))},
         stdout=subprocess.PIPE,
         text=True,
     )
     if done.returncode:
-        raise SystemExit(done.returncode)  # It has said why.
+        raise SystemExit(done.returncode)  # Its stderr is shown already.
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def threads(devices: int) -> int:
-    """Returns how many threads JAX gets.
+def num_threads(devices: int) -> int:
+    """Returns the number of threads of JAX.
 
-    With fewer than two for each device JAX 0.10 and 0.11 starve; with many more than
-    there are cores a small matrix product takes twice as long.
+    With fewer than two per device JAX 0.10 and 0.11 may stall; with many more than
+    cores a small matrix product takes twice as long.
     """
     return max(2 * devices, len(os.sched_getaffinity(0)))
 
 
 def main() -> None:
-    given = arguments()
-    if given.devices:
-        here(given.names[0], given.devices, given.tiny)
+    options = parse_arguments()
+    if options.devices:
+        run_in_process(options.names[0], options.devices, options.tiny)
         return
-    given.out.mkdir(parents=True, exist_ok=True)
-    for name in given.names or NAMES:
-        module = importlib.import_module(f"benchmarks.{name}")
-        place = record.machine()
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name in options.names or CPU_BENCHMARKS:
+        module = load_module(name)
+        machine = reporting.machine()
         rows = [
             row
             for devices in module.DEVICES
-            for row in elsewhere(name, devices, given.tiny)
+            for row in run_in_subprocess(name, devices, options.tiny)
         ]
-        result = {"name": name, "tiny": given.tiny, "machine": place, "rows": rows}
-        (given.out / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
-        text = f"{name}: {module.__doc__.splitlines()[0]}\n{record.table(rows)}\n"
-        (given.out / f"{name}.txt").write_text(text)
+        result = {"name": name, "tiny": options.tiny, "machine": machine, "rows": rows}
+        (options.out / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+        title = module.__doc__.splitlines()[0]
+        text = f"{name}: {title}\n{reporting.format_table(rows)}\n"
+        (options.out / f"{name}.txt").write_text(text)
         print(text, flush=True)
-    figure.draw(given.out, NAMES)
+    specs = {name: load_module(name).FIGURE for name in CPU_BENCHMARKS}
+    summary_figure.plot(options.out, specs)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,17 @@
-"""What agreeing seldom costs: DiLoCo and its relatives against data-parallel AdamW.
+"""Convergence of DiLoCo variants against data-parallel AdamW.
 
-Command: python benchmarks/convergence.py text mnist --out DIRECTORY (20 minutes)
+Command: python -m benchmarks.convergence text mnist --out DIRECTORY (20 minutes)
 Expected: at equal tokens DiLoCo ends near data-parallel AdamW; 4 bits and fragments
 within 1 % of DiLoCo at the same period, overlap within 2 %.
 
-Four workers with AdamW inside take T steps on batches of b; data-parallel AdamW takes
-T steps on batches of 4b. "text" is a byte-level transformer on the help topics in
-Python's standard library, "mnist" a perceptron; both are scored on data that was held
-out. A run that was interrupted goes on with the rows that are missing.
+Four workers with AdamW as inner optimizer do T steps on batches of b; data-parallel
+AdamW does T steps on batches of 4b. "text" is a byte-level transformer on the help
+topics of Python's standard library, "mnist" a perceptron; the loss is measured on
+held-out data. An interrupted run resumes with the missing rows.
 """
 
 import argparse
 import os
-import pydoc_data.topics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -25,8 +24,10 @@ import numpy as np
 import optax
 
 import localsgd_jax as lsgd
-from localsgd_jax.reproduce import figures
-from localsgd_jax.reproduce.output import Table
+from benchmarks.datasets import HelpTopics, load_mnist
+from benchmarks.models import decoder_loss
+from localsgd_jax.experiments import plotting
+from localsgd_jax.experiments.paper.results import ResumableTable, run_table
 
 WORKERS, HELD_OUT = 4, 512
 COLUMNS = ("task", "run", "seed", "loss", "rounds", "megabytes")
@@ -36,26 +37,26 @@ class Task(NamedTuple):
     """A model and its data.
 
     Attributes:
-      init: from a key to parameters.
+      init: `init(key) -> params`.
       loss: `loss(params, batch)`.
-      draw: `draw(rng, count)`, a batch of training examples.
+      sample: `sample(rng, count)`, a batch of training examples.
       held_out: a batch.
-      batch: b, examples of a worker and step.
+      batch: b, examples per worker and step.
       steps: T.
       rate: largest learning rate of AdamW.
     """
 
     init: Callable
     loss: Callable
-    draw: Callable
-    held_out: tuple
+    sample: Callable
+    held_out: object
     batch: int
     steps: int
     rate: float
 
 
-class Run(NamedTuple):
-    """A rule and when it is applied; None for data-parallel training."""
+class Method(NamedTuple):
+    """Factories of a rule and a schedule; None for data-parallel training."""
 
     rule: Callable | None
     schedule: Callable | None = None
@@ -66,33 +67,33 @@ def _four_bits() -> lsgd.SyncRule:
     return lsgd.outer(nesterov, lsgd.quantize(lsgd.average(), 4))
 
 
-RUNS = {
-    "data-parallel": Run(None),
-    "DiLoCo, H = 8": Run(lsgd.diloco, lambda: lsgd.every(8)),
-    "DiLoCo, H = 32": Run(lsgd.diloco, lambda: lsgd.every(32)),
-    "DiLoCo, H = 128": Run(lsgd.diloco, lambda: lsgd.every(128)),
-    "4 bits, H = 32": Run(_four_bits, lambda: lsgd.every(32)),
-    "4 fragments, H = 32": Run(
-        lambda: lsgd.fragment(lsgd.diloco(), 4, cut=0), lambda: lsgd.spread(32, 4)
+METHODS = {
+    "data-parallel": Method(None),
+    "DiLoCo, H = 8": Method(lsgd.diloco, lambda: lsgd.every(8)),
+    "DiLoCo, H = 32": Method(lsgd.diloco, lambda: lsgd.every(32)),
+    "DiLoCo, H = 128": Method(lsgd.diloco, lambda: lsgd.every(128)),
+    "4 bits, H = 32": Method(_four_bits, lambda: lsgd.every(32)),
+    "4 fragments, H = 32": Method(
+        lambda: lsgd.fragment(lsgd.diloco(), 4, split_axis=0),
+        lambda: lsgd.evenly_spaced(32, 4),
     ),
-    "late by 4 steps, H = 32": Run(
-        lambda: lsgd.mix(lsgd.delay(lsgd.diloco()), 0.5),
-        lambda: lsgd.early(lsgd.every(32), 4),
+    "delayed by 4 steps, H = 32": Method(
+        lambda: lsgd.interpolate(lsgd.delay(lsgd.diloco()), 0.5),
+        lambda: lsgd.with_lead(lsgd.every(32), 4),
     ),
-    "overlap, H = 32": Run(lambda: lsgd.overlap(lsgd.diloco()), lambda: lsgd.every(32)),
-    "average, H = 32": Run(lsgd.average, lambda: lsgd.every(32)),
-    "overlap of average, H = 32": Run(
+    "overlap, H = 32": Method(
+        lambda: lsgd.overlap(lsgd.diloco()), lambda: lsgd.every(32)
+    ),
+    "average, H = 32": Method(lsgd.average, lambda: lsgd.every(32)),
+    "overlap of average, H = 32": Method(
         lambda: lsgd.overlap(lsgd.average()), lambda: lsgd.every(32)
     ),
 }
 
 
 def text(width: int = 64, layers: int = 2, context: int = 64) -> Task:
-    """A byte-level transformer with rotary positions and tied embeddings."""
-    topics = pydoc_data.topics.topics
-    data = np.frombuffer("".join(topics[k] for k in sorted(topics)).encode(), np.uint8)
-    cut = len(data) - 65_536
-    heads = 4
+    """Byte-level transformer with rotary positions and tied embeddings."""
+    topics = HelpTopics(context)
 
     def init(key: jax.Array) -> dict:
         keys = iter(jax.random.split(key, 1 + 4 * layers))
@@ -102,54 +103,22 @@ def text(width: int = 64, layers: int = 2, context: int = 64) -> Task:
 
         blocks = [
             {
-                "attend": matrix(width, 3 * width),
-                "join": matrix(width, width),
+                "qkv": matrix(width, 3 * width),
+                "out": matrix(width, width),
                 "up": matrix(width, 4 * width),
                 "down": matrix(4 * width, width),
             }
             for _ in range(layers)
         ]
-        return {"embed": 0.1 * matrix(256, width) * 16, "layers": blocks}
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
+        return {"embedding": 0.1 * matrix(256, width) * 16, "blocks": stacked}
 
-    def norm(x: jax.Array) -> jax.Array:
-        return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
-
-    angles = np.outer(np.arange(context), 10_000.0 ** -np.linspace(0, 1, width // 8))
-    turn = jnp.asarray(np.exp(1j * angles)[None, :, None, :], jnp.complex64)
-
-    def rotate(x: jax.Array) -> jax.Array:
-        real, imaginary = jnp.split(x, 2, axis=-1)
-        turned = jax.lax.complex(real, imaginary) * turn
-        return jnp.concatenate([turned.real, turned.imag], axis=-1)
-
-    def block(x: jax.Array, part: dict) -> jax.Array:
-        q, k, v = (
-            y.reshape(*x.shape[:2], heads, -1)
-            for y in jnp.split(norm(x) @ part["attend"], 3, axis=-1)
-        )
-        seen = jax.nn.dot_product_attention(rotate(q), rotate(k), v, is_causal=True)
-        x = x + seen.reshape(x.shape) @ part["join"]
-        return x + jax.nn.gelu(norm(x) @ part["up"]) @ part["down"]
-
-    def loss(params: dict, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
-        inputs, targets = batch
-        x = params["embed"][inputs]
-        for part in params["layers"]:
-            x = block(x, part)
-        logits = norm(x) @ params["embed"].T
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-        return losses.mean()
-
-    def windows(starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        rows = data[starts[..., None] + np.arange(context + 1)].astype(np.int32)
-        return rows[..., :-1], rows[..., 1:]
-
-    held_out = windows(cut + np.arange(HELD_OUT) * ((len(data) - cut) // HELD_OUT - 1))
+    spacing = topics.num_held_out // HELD_OUT - 1
     return Task(
         init,
-        loss,
-        lambda rng, count: windows(rng.integers(0, cut - context - 1, count)),
-        held_out,
+        decoder_loss(heads=4),
+        topics.sample,
+        topics.held_out(HELD_OUT, spacing),
         batch=4,
         steps=1024,
         rate=4e-3,
@@ -157,105 +126,91 @@ def text(width: int = 64, layers: int = 2, context: int = 64) -> Task:
 
 
 def mnist(width: int = 128) -> Task:
-    """A perceptron with one hidden layer."""
-    folder = os.environ.get("LOCALSGD_DATA")
-    if not folder or not (Path(folder) / "mnist.npz").exists():
-        raise SystemExit("mnist: put mnist.npz where LOCALSGD_DATA points")
-    file = np.load(Path(folder) / "mnist.npz")
-    inputs = file["x_train"].reshape(-1, 784).astype(np.float32) / 255
-    labels = file["y_train"].astype(np.int32)
-    tests = file["x_test"].reshape(-1, 784).astype(np.float32) / 255
+    """Perceptron with one hidden layer."""
+    train, test = load_mnist()
 
     def init(key: jax.Array) -> dict:
-        one, two = jax.random.split(key)
+        key_in, key_out = jax.random.split(key)
         return {
-            "in": jax.random.normal(one, (784, width)) / 28,
+            "in": jax.random.normal(key_in, (784, width)) / 28,
             "bias": jnp.zeros(width),
-            "out": jax.random.normal(two, (width, 10)) / width**0.5,
+            "out": jax.random.normal(key_out, (width, 10)) / width**0.5,
         }
 
     def loss(params: dict, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
         images, targets = batch
-        hidden = images @ params["in"] + jnp.broadcast_to(
-            params["bias"], (images.shape[0], width)
-        )
-        logits = jax.nn.relu(hidden) @ params["out"]
+        bias = jnp.broadcast_to(params["bias"], (images.shape[0], width))
+        logits = jax.nn.relu(images @ params["in"] + bias) @ params["out"]
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
         return losses.mean()
 
-    def draw(rng: np.random.Generator, count) -> tuple[np.ndarray, np.ndarray]:
-        chosen = rng.integers(0, len(labels), count)
-        return inputs[chosen], labels[chosen]
+    def sample(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
+        indices = rng.integers(0, len(train.labels), count)
+        return train.images[indices], train.labels[indices]
 
-    held_out = tests, file["y_test"].astype(np.int32)
-    return Task(init, loss, draw, held_out, batch=16, steps=1024, rate=2e-3)
+    return Task(init, loss, sample, tuple(test), batch=16, steps=1024, rate=2e-3)
 
 
 TASKS = {"text": text, "mnist": mnist}
 
 
-def batches(task: Task, workers: int, seed: int) -> Iterator[tuple]:
-    """Yields the same examples for any number of workers, cut into their shares."""
+def batches(task: Task, workers: int, seed: int) -> Iterator:
+    """Yields the same examples for any number of workers, split among them."""
     rng = np.random.default_rng(seed)
     for _ in range(task.steps):
-        drawn = task.draw(rng, WORKERS * task.batch)
-        yield jax.tree.map(lambda x: x.reshape(workers, -1, *x.shape[1:]), drawn)
+        sampled = task.sample(rng, WORKERS * task.batch)
+        yield jax.tree.map(lambda x: x.reshape(workers, -1, *x.shape[1:]), sampled)
 
 
-def finish(task: Task, run: Run, seed: int) -> dict:
-    """Trains, and scores the consensus."""
+def train_and_score(task: Task, method: Method, seed: int) -> dict:
+    """Trains and returns the held-out loss of the mean model."""
     warm_up = optax.warmup_cosine_decay_schedule(
         0, task.rate, 100, task.steps, 0.1 * task.rate
     )
     inner = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(warm_up, weight_decay=0.1)
     )
-    workers = WORKERS if run.rule else 1
-    rule = run.rule() if run.rule else lsgd.keep()
-    schedule = run.schedule() if run.schedule else lsgd.every(64)
+    workers = WORKERS if method.rule else 1
+    rule = method.rule() if method.rule else lsgd.identity()
+    schedule = method.schedule() if method.schedule else lsgd.every(64)
     cluster = lsgd.simulate(lsgd.local_sgd(task.loss, inner, rule), workers)
     state = cluster.init(task.init(jax.random.key(seed)))
     state, history = lsgd.train(
-        cluster, state, batches(task, workers, seed), every=schedule, progress=False
+        cluster, state, batches(task, workers, seed), schedule=schedule, progress=False
     )
     score = jax.jit(task.loss)(lsgd.consensus(state), task.held_out)
-    return {
-        "loss": round(float(score), 5),
-        "rounds": len(history["round"]) if run.rule else task.steps,
-        "megabytes": round(float(history["bytes"][-1]) / 1e6, 3) if run.rule else None,
-    }
+    rounds, megabytes = task.steps, None
+    if method.rule:
+        rounds = len(history["round"])
+        megabytes = round(float(history["bytes"][-1]) / 1e6, 3)
+    return {"loss": round(float(score), 5), "rounds": rounds, "megabytes": megabytes}
 
 
-def summary(rows: list[dict], task: str, seeds: int) -> list[tuple]:
-    """Mean and spread over seeds, relative to DiLoCo at H = 32."""
-    table = []
-    for name in RUNS:
-        losses = [r["loss"] for r in rows if (r["task"], r["run"]) == (task, name)]
+def summarise(rows: list[dict], task: str, seeds: int) -> list[tuple]:
+    """Returns name, mean and standard deviation of the loss, and a row, per method."""
+    summary = []
+    for name in METHODS:
+        selected = [r for r in rows if (r["task"], r["run"]) == (task, name)]
+        losses = [row["loss"] for row in selected]
         if len(losses) == seeds:
-            row = next(r for r in rows if (r["task"], r["run"]) == (task, name))
-            table.append((name, np.mean(losses), np.std(losses, ddof=1), row))
-    return table
+            std = np.std(losses, ddof=1)
+            summary.append((name, np.mean(losses), std, selected[0]))
+    return summary
 
 
-def draw(directory: Path, rows: list[dict], tasks: list[str], seeds: int) -> None:
-    figure = figures.new(4.6 * len(tasks), 3.6)
+def plot(directory: Path, rows: list[dict], tasks: list[str], seeds: int) -> None:
+    """Plots the held-out loss of each method, a panel per task."""
+    figure = plotting.new_figure(4.6 * len(tasks), 3.6)
     panels = figure.subplots(1, len(tasks), squeeze=False)[0]
     for axes, task in zip(panels, tasks, strict=True):
-        table = summary(rows, task, seeds)
-        places = np.arange(len(table))[::-1]
-        color = figures.style(0, 2)["color"]
-        axes.errorbar(
-            [row[1] for row in table],
-            places,
-            xerr=[row[2] for row in table],
-            fmt="o",
-            color=color,
-            capsize=3,
-        )
-        axes.set_yticks(places, [row[0] for row in table])
-        figures.finish(axes, task, "held-out loss", "")
+        names, means, stds, _ = zip(*summarise(rows, task, seeds), strict=True)
+        positions = np.arange(len(names))[::-1]
+        color = plotting.curve_style(0, 2)["color"]
+        axes.errorbar(means, positions, xerr=stds, fmt="o", color=color, capsize=3)
+        axes.set_yticks(positions, names)
+        plotting.label_axes(axes, task, "held-out loss", "")
     figure.suptitle(f"{WORKERS} workers, AdamW inside, equal tokens, {seeds} seeds")
-    figures.save(figure, directory, "convergence")
+    plotting.save(figure, directory, "convergence")
 
 
 def main() -> None:
@@ -263,30 +218,38 @@ def main() -> None:
     parser.add_argument("tasks", nargs="+", choices=list(TASKS))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, help="instead of those of the task")
+    parser.add_argument("--steps", type=int, help="default: that of the task")
     options = parser.parse_args()
     settings = {"seeds": options.seeds, "steps": options.steps, "tasks": options.tasks}
-    table = Table(options.out, "convergence", settings, COLUMNS)
-    wanted = [
+    keys = [
         (task, name, seed)
         for seed in range(options.seeds)
         for task in options.tasks
-        for name in RUNS
+        for name in METHODS
     ]
-    made = {task: TASKS[task]() for task in options.tasks}
-    for task, name, seed in wanted[len(table.rows) :]:
-        given = made[task]
-        given = given._replace(steps=options.steps or given.steps)
-        row = {"task": task, "run": name, "seed": seed}
-        table.append(row | finish(given, RUNS[name], seed))
-        print(*table.rows[-1].values(), flush=True)
+
+    def prepare() -> Callable:
+        tasks = {name: TASKS[name]() for name in options.tasks}
+
+        def make_row(key: tuple, rows: list[dict]) -> dict:
+            del rows
+            name, run, seed = key
+            task = tasks[name]
+            task = task._replace(steps=options.steps or task.steps)
+            row = {"task": name, "run": run, "seed": seed}
+            return row | train_and_score(task, METHODS[run], seed)
+
+        return make_row
+
+    table = ResumableTable(options.out, "convergence", settings, COLUMNS)
+    rows = run_table(table, keys, prepare)
     for task in options.tasks:
         print(f"\n| {task} | loss | ± | rounds | MB |\n| --- | --- | --- | --- | --- |")
-        for name, mean, spread, row in summary(table.rows, task, options.seeds):
+        for name, mean, std, row in summarise(rows, task, options.seeds):
             sent = "" if row["megabytes"] is None else f"{row['megabytes']:.2f}"
-            print(f"| {name} | {mean:.4f} | {spread:.4f} | {row['rounds']} | {sent} |")
+            print(f"| {name} | {mean:.4f} | {std:.4f} | {row['rounds']} | {sent} |")
     if options.seeds > 1:
-        draw(options.out, table.rows, options.tasks, options.seeds)
+        plot(options.out, rows, options.tasks, options.seeds)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The models that are measured: a loss, parameters and a batch for each worker."""
+"""Models of the measurements: loss, parameters and a batch of one worker."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,17 +9,21 @@ import numpy as np
 
 
 class Model(NamedTuple):
+    """A model with initial parameters and a batch of one worker."""
+
     name: str
     loss: Callable
     params: Any
-    batch: Any  # of one worker
+    batch: Any
 
     @property
     def size(self) -> int:
+        """Returns the number of parameters."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.params))
 
 
 def logistic(features: int = 300, batch: int = 16) -> Model:
+    """Logistic regression."""
     rng = np.random.default_rng(0)
 
     def loss(params, batch):
@@ -32,7 +36,7 @@ def logistic(features: int = 300, batch: int = 16) -> Model:
 
 
 def mlp(width: int = 672, layers: int = 2, batch: int = 16) -> Model:
-    """784 inputs, 10 classes: with the width 672, a million parameters."""
+    """Perceptron with 784 inputs and 10 classes: a million parameters by default."""
     sizes = [784, *[width] * layers, 10]
     rng = np.random.default_rng(0)
     params = [
@@ -62,55 +66,95 @@ def gpt(
     batch: int = 1,
     unroll: bool = False,
 ) -> Model:
-    """A decoder with tied embeddings: as it stands, ten million parameters.
-
-    It works in the type of its parameters, and takes means and softmax in float32.
-    """
+    """Decoder with learned positions: ten million parameters by default."""
     rng = np.random.default_rng(0)
 
     def matrix(a, b):
         return rng.normal(size=(a, b)).astype(np.float32) / a**0.5
 
-    block = {
-        "qkv": np.stack([matrix(width, 3 * width) for _ in range(layers)]),
-        "out": np.stack([matrix(width, width) for _ in range(layers)]),
-        "up": np.stack([matrix(width, 4 * width) for _ in range(layers)]),
-        "down": np.stack([matrix(4 * width, width) for _ in range(layers)]),
+    shapes = {
+        "qkv": (width, 3 * width),
+        "out": (width, width),
+        "up": (width, 4 * width),
+        "down": (4 * width, width),
+    }
+    blocks = {
+        name: np.stack([matrix(*shape) for _ in range(layers)])
+        for name, shape in shapes.items()
     }
     params = {
         "embedding": 0.02 * matrix(vocabulary, width),
         "position": 0.02 * matrix(length, width),
-        "blocks": block,
+        "blocks": blocks,
     }
+    tokens = rng.integers(0, vocabulary, (batch, length + 1)).astype(np.int32)
+    return Model("gpt", decoder_loss(heads, unroll), params, tokens)
 
-    def normal(x):
-        wide = x.astype(jnp.float32)
-        size = jnp.mean(wide * wide, axis=-1, keepdims=True)
-        return (wide * jax.lax.rsqrt(size + 1e-6)).astype(x.dtype)
 
-    def attend(x, block):
-        q, k, v = jnp.split(normal(x) @ block["qkv"], 3, axis=-1)
-        split = (*x.shape[:-1], heads, width // heads)
-        mixed = jax.nn.dot_product_attention(
-            q.reshape(split), k.reshape(split), v.reshape(split), is_causal=True
-        )
-        x = x + mixed.reshape(x.shape) @ block["out"]
-        return x + jax.nn.gelu(normal(x) @ block["up"]) @ block["down"], None
+def decoder_loss(heads: int, unroll: bool = False) -> Callable:
+    """Returns the loss of a pre-norm decoder with tied embeddings.
+
+    It computes in the dtype of its parameters, norms and softmax in float32.
+
+    Args:
+      heads: number of attention heads.
+      unroll: whether to unroll the loop over the layers.
+
+    Returns:
+      `loss(params, tokens)` with tokens `(B, T + 1)`. The parameters are "embedding",
+      "blocks" with leaves stacked over the layers, and optionally "position"; without
+      it, attention has rotary positions.
+    """
 
     def loss(params, tokens):
-        x = params["embedding"][tokens[:, :-1]] + params["position"][None]
-        x, _ = jax.lax.scan(attend, x, params["blocks"], unroll=unroll)
-        logits = (normal(x) @ params["embedding"].T).astype(jnp.float32)
+        x, rotary = params["embedding"][tokens[:, :-1]], "position" not in params
+        if not rotary:
+            x = x + params["position"][None]
+
+        def layer(x, block):
+            return decoder_block(x, block, heads, rotary), None
+
+        x, _ = jax.lax.scan(layer, x, params["blocks"], unroll=unroll)
+        logits = (rms_norm(x) @ params["embedding"].T).astype(jnp.float32)
         logits = jax.nn.log_softmax(logits)
-        found = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)
-        return -jnp.mean(found)
+        targets = tokens[:, 1:, None]
+        return -jnp.mean(jnp.take_along_axis(logits, targets, axis=-1))
 
-    tokens = rng.integers(0, vocabulary, (batch, length + 1)).astype(np.int32)
-    return Model("gpt", loss, params, tokens)
+    return loss
 
 
-def wide(parameters: int, batch: int = 1) -> Model:
-    """As many parameters as wanted, and as little else as possible."""
+def decoder_block(x: jax.Array, block: dict, heads: int, rotary: bool) -> jax.Array:
+    """Pre-norm attention and MLP with residual connections, `(B, T, width)`."""
+    q, k, v = (
+        part.reshape(*x.shape[:-1], heads, -1)
+        for part in jnp.split(rms_norm(x) @ block["qkv"], 3, axis=-1)
+    )
+    if rotary:
+        q, k = apply_rope(q), apply_rope(k)
+    attended = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+    x = x + attended.reshape(x.shape) @ block["out"]
+    return x + jax.nn.gelu(rms_norm(x) @ block["up"]) @ block["down"]
+
+
+def rms_norm(x: jax.Array) -> jax.Array:
+    """Divides by the root mean square over the last axis, computed in float32."""
+    wide = x.astype(jnp.float32)
+    mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
+    return (wide * jax.lax.rsqrt(mean_square + 1e-6)).astype(x.dtype)
+
+
+def apply_rope(x: jax.Array) -> jax.Array:
+    """Rotates pairs of features by angles proportional to the position."""
+    half = x.shape[-1] // 2
+    angles = np.outer(np.arange(x.shape[1]), 10_000.0 ** -np.linspace(0, 1, half))
+    rotation = jnp.asarray(np.exp(1j * angles)[None, :, None, :], jnp.complex64)
+    real, imaginary = jnp.split(x, 2, axis=-1)
+    rotated = jax.lax.complex(real, imaginary) * rotation
+    return jnp.concatenate([rotated.real, rotated.imag], axis=-1)
+
+
+def parameter_heavy(parameters: int, batch: int = 1) -> Model:
+    """Model with any number of parameters and as little else as possible."""
 
     def loss(params, batch):
         return 0.5 * jnp.sum((params - batch[0]) ** 2)

@@ -1,7 +1,7 @@
-"""The overhead of a round: H local steps and a synchronisation over H local steps.
+"""Overhead of a round: H local steps and a synchronisation over the H local steps.
 
-K = 8 workers, H = 16, on 2 and on 8 CPU devices. Aim: at most 1.03 for the MLP and the
-GPT.
+K = 8 workers, H = 16, on 2 and on 8 CPU devices. Target: at most 1.03 for the MLP and
+the GPT.
 """
 
 import jax
@@ -10,38 +10,32 @@ import optax
 
 import localsgd_jax as lsgd
 from benchmarks import models
-from benchmarks.record import Shown
-from benchmarks.timing import alternate
+from benchmarks.reporting import FigureSpec
+from benchmarks.timing import make_stepper, time_interleaved
 
 DEVICES = (2, 8)
-SHOWN = Shown("ratio", ("model", "devices"), "round / its steps alone", 1.03)
+FIGURE = FigureSpec("ratio", ("model", "devices"), "round / its local steps", 1.03)
 WORKERS = 8
 
 
-def contestants(model: models.Model, devices: int, period: int) -> dict:
-    """The round, and its steps alone: each gives back the state that it donates."""
+def candidates(model: models.Model, devices: int, period: int) -> dict:
+    """Returns a stepper of the round and one of its local steps alone."""
     mesh = jax.make_mesh((devices,), ("worker",), devices=jax.devices()[:devices])
-    made = lsgd.local_sgd(model.loss, optax.sgd(1e-3), rule=lsgd.average())
-    cluster = lsgd.on_mesh(made, mesh, workers=WORKERS)
+    algorithm = lsgd.local_sgd(model.loss, optax.sgd(1e-3), rule=lsgd.average())
+    cluster = lsgd.on_mesh(algorithm, mesh, workers=WORKERS)
     batches = jax.tree.map(
         lambda x: np.broadcast_to(x, (period, WORKERS, *x.shape)), model.batch
     )
-    batches = cluster.put(batches, time=True)
+    batches = cluster.shard_batch(batches, time=True)
 
     def steps(state, batches):
         return jax.lax.scan(cluster.step, state, batches)
 
-    def repeated(function):
+    def stepper(function):
         call = jax.jit(function, donate_argnums=0)
-        held = [cluster.init(model.params)]
+        return make_stepper(call, [cluster.init(model.params)], [batches])
 
-        def again():
-            held[0], metrics = call(held[0], batches)
-            return held[0], metrics
-
-        return again
-
-    return {"round": repeated(lsgd.fused(cluster)), "steps": repeated(steps)}
+    return {"round": stepper(lsgd.fused(cluster)), "steps": stepper(steps)}
 
 
 def run(devices: int, tiny: bool) -> list[dict]:
@@ -53,10 +47,10 @@ def run(devices: int, tiny: bool) -> list[dict]:
     )
     rows = []
     for model in chosen:
-        times, ratio = alternate(
-            contestants(model, devices, period),
+        times, ratio = time_interleaved(
+            candidates(model, devices, period),
             repeats=1 if tiny else 5,
-            least=0 if tiny else 0.05,
+            min_seconds=0 if tiny else 0.05,
         )
         rows.append(
             {

@@ -1,4 +1,4 @@
-"""Times contestants in turn, so that what slows the machine slows all of them."""
+"""Interleaved timing: load on the machine slows all candidates alike."""
 
 import statistics
 import time
@@ -9,50 +9,71 @@ import jax
 
 
 class Times(NamedTuple):
-    """Seconds of a contestant: the median, the fastest and slowest run, and all."""
+    """Seconds of a call: median, minimum and maximum, and all repetitions."""
 
     median: float
-    least: float
-    most: float
+    minimum: float
+    maximum: float
     runs: tuple[float, ...]
 
 
 def ratio(first: Times, second: Times) -> float:
-    """Returns the median over the repetitions of the ratio of two contestants."""
+    """Returns the median over the repetitions of the ratio of two times."""
     pairs = zip(first.runs, second.runs, strict=True)
     return statistics.median(a / b for a, b in pairs)
 
 
-def once(call: Callable) -> float:
-    """Returns the seconds of a call, until its result is there."""
-    began = time.perf_counter()
+def time_call(call: Callable) -> float:
+    """Returns the seconds of a call, until its result is ready."""
+    start = time.perf_counter()
     jax.block_until_ready(call())
-    return time.perf_counter() - began
+    return time.perf_counter() - start
 
 
-def alternate(
-    contestants: Mapping[Hashable, Callable], repeats: int = 5, least: float = 0.05
-) -> tuple[dict, float]:
-    """Times contestants in turn, after one call each that does not count.
+def make_stepper(call: Callable, held: list, batches: list) -> Callable:
+    """Returns a function that continues from the state of its last call.
 
-    A contestant that is faster than `least` seconds is called several times in a row.
+    Args:
+      call: `call(state, batch) -> (state, metrics)`; it may donate the state.
+      held: a list with the state, which is replaced; several steppers may share it.
+      batches: batches of one call of the returned function.
 
-    Returns the seconds for each call, and the median over the repetitions of the ratio
-    of the first contestant to the second.
+    Returns:
+      `step() -> (state, metrics)`.
     """
-    for call in contestants.values():
-        once(call)
+
+    def step() -> tuple:
+        metrics = None
+        for batch in batches:
+            held[0], metrics = call(held[0], batch)
+        return held[0], metrics
+
+    return step
+
+
+def time_interleaved(
+    calls: Mapping[Hashable, Callable], repeats: int = 5, min_seconds: float = 0.05
+) -> tuple[dict, float]:
+    """Times several calls alternately, after one call of each as a warm-up.
+
+    A call shorter than `min_seconds` is repeated several times in a row.
+
+    Returns the seconds of each call, and the median over the repetitions of the ratio
+    of the first call to the second.
+    """
+    for call in calls.values():
+        time_call(call)
     counts = {
-        name: max(1, round(least / max(once(call), 1e-6)))
-        for name, call in contestants.items()
+        name: max(1, round(min_seconds / max(time_call(call), 1e-6)))
+        for name, call in calls.items()
     }
-    seconds: dict[Hashable, list[float]] = {name: [] for name in contestants}
+    seconds: dict[Hashable, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
-        for name, call in contestants.items():
-            began = time.perf_counter()
+        for name, call in calls.items():
+            start = time.perf_counter()
             for _ in range(counts[name]):
                 jax.block_until_ready(call())
-            seconds[name].append((time.perf_counter() - began) / counts[name])
+            seconds[name].append((time.perf_counter() - start) / counts[name])
     times = {
         name: Times(statistics.median(runs), min(runs), max(runs), tuple(runs))
         for name, runs in seconds.items()

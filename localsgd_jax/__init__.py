@@ -1,141 +1,146 @@
-"""Local SGD and its descendants in JAX: any optax optimizer, any pytree, any place."""
+"""Local SGD, DiLoCo and related algorithms for JAX, optax and any device layout."""
 
-from localsgd_jax.adaptive import Adaptive, adacomm, triggered
-from localsgd_jax.agreement import JobError
-from localsgd_jax.algorithm import Worker, from_train_step, local_sgd
-from localsgd_jax.base import (
+from localsgd_jax.analysis import (
+    UnexpectedCollectiveError,
+    assert_no_collectives,
+    collective_ops,
+)
+from localsgd_jax.core.algorithm import WorkerState, from_train_step, local_sgd
+from localsgd_jax.core.types import (
     Algorithm,
     Cluster,
-    Context,
     RuleState,
     State,
+    SyncContext,
     SyncRule,
 )
-from localsgd_jax.consensus import consensus
-from localsgd_jax.deal import deal
-from localsgd_jax.diagnostics import measured
-from localsgd_jax.distributed import initialize, own_workers
-from localsgd_jax.journal import NonFiniteLossError
-from localsgd_jax.ledger import NoisyStepError, assert_silent, ledger
-from localsgd_jax.meshes import worker_mesh
-from localsgd_jax.placement import on_mesh, simulate
-from localsgd_jax.rounds import fused, gated
+from localsgd_jax.data.batching import shuffled_batches
+from localsgd_jax.data.partitioning import dirichlet_partition, partitioned_batches
+from localsgd_jax.distributed.coordination import CoordinationError
+from localsgd_jax.distributed.initialization import initialize
+from localsgd_jax.distributed.meshes import worker_mesh
+from localsgd_jax.execution.local_workers import local_workers
+from localsgd_jax.execution.mean_model import consensus
+from localsgd_jax.execution.placement import on_mesh, simulate
+from localsgd_jax.execution.rounds import fused, gated
 from localsgd_jax.rules import (
     average,
-    batch_statistics,
     cast,
     chain,
     delay,
     diloco,
-    elastic,
+    drop_outliers,
+    elastic_average,
     ema,
     fedadam,
     fedavgm,
     flatten,
-    floats,
+    floating_only,
     fragment,
     gossip,
-    guard,
-    keep,
+    identity,
+    interpolate,
     lookahead,
     median,
-    mix,
+    merge_batch_stats,
     outer,
     overlap,
     quantize,
-    reestimate,
-    reset,
-    shard,
-    signs,
+    recompute_batch_stats,
+    reset_to_init,
+    scaled_sign,
+    shard_state,
     slowmo,
-    topk,
+    top_k,
     trimmed_mean,
     when,
+    with_diagnostics,
 )
 from localsgd_jax.schedules import (
     Schedule,
-    at,
-    early,
+    at_steps,
+    evenly_spaced,
     every,
-    growing,
-    late,
+    geometric,
     never,
     post_local,
-    quadratic,
-    spread,
+    qsr,
+    with_lag,
+    with_lead,
 )
-from localsgd_jax.shards import deal_shards, dirichlet
-from localsgd_jax.train import train
+from localsgd_jax.schedules.adaptive import AdaptiveSchedule, adacomm, drift_triggered
+from localsgd_jax.training.history import NonFiniteLossError
+from localsgd_jax.training.loop import train
 
 __all__ = [
-    "Adaptive",
+    "AdaptiveSchedule",
     "Algorithm",
     "Cluster",
-    "Context",
-    "JobError",
-    "NoisyStepError",
+    "CoordinationError",
     "NonFiniteLossError",
     "RuleState",
     "Schedule",
     "State",
+    "SyncContext",
     "SyncRule",
-    "Worker",
+    "UnexpectedCollectiveError",
+    "WorkerState",
     "adacomm",
-    "assert_silent",
-    "at",
+    "assert_no_collectives",
+    "at_steps",
     "average",
-    "batch_statistics",
     "cast",
     "chain",
+    "collective_ops",
     "consensus",
-    "deal",
-    "deal_shards",
     "delay",
     "diloco",
-    "dirichlet",
-    "early",
-    "elastic",
+    "dirichlet_partition",
+    "drift_triggered",
+    "drop_outliers",
+    "elastic_average",
     "ema",
+    "evenly_spaced",
     "every",
     "fedadam",
     "fedavgm",
     "flatten",
-    "floats",
+    "floating_only",
     "fragment",
     "from_train_step",
     "fused",
     "gated",
+    "geometric",
     "gossip",
-    "growing",
-    "guard",
+    "identity",
     "initialize",
-    "keep",
-    "late",
-    "ledger",
+    "interpolate",
     "local_sgd",
+    "local_workers",
     "lookahead",
-    "measured",
     "median",
-    "mix",
+    "merge_batch_stats",
     "never",
     "on_mesh",
     "outer",
     "overlap",
-    "own_workers",
+    "partitioned_batches",
     "post_local",
-    "quadratic",
+    "qsr",
     "quantize",
-    "reestimate",
-    "reset",
-    "shard",
-    "signs",
+    "recompute_batch_stats",
+    "reset_to_init",
+    "scaled_sign",
+    "shard_state",
+    "shuffled_batches",
     "simulate",
     "slowmo",
-    "spread",
-    "topk",
+    "top_k",
     "train",
-    "triggered",
     "trimmed_mean",
     "when",
+    "with_diagnostics",
+    "with_lag",
+    "with_lead",
     "worker_mesh",
 ]

@@ -1,0 +1,1 @@
+"""Training over throttled links between two hosts in network namespaces."""

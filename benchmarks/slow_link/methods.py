@@ -1,6 +1,7 @@
-"""How workers agree: each method as rounds that processes take together.
+"""Training methods of the measurement, as rounds on two processes.
 
-Everything that is sent at a time is sent as one vector.
+Every method sends one vector per synchronisation, also where the parameters have many
+leaves.
 """
 
 from collections.abc import Callable
@@ -16,117 +17,132 @@ from jax.sharding import PartitionSpec as P
 
 import localsgd_jax as lsgd
 from benchmarks.models import Model
-from localsgd_jax.apart import apart, catch_up, in_background
+from localsgd_jax.distributed.background import submit_daemon
+from localsgd_jax.execution.process_local import merge_late_sync, on_processes
+
+SYNC_TIMEOUT = 600  # Seconds.
 
 
 def average() -> lsgd.SyncRule:
+    """Returns the mean of the parameters."""
     return lsgd.flatten(lsgd.average())
 
 
 def diloco() -> lsgd.SyncRule:
+    """Returns DiLoCo in 32 bits."""
     return lsgd.flatten(lsgd.diloco())
 
 
-def four_bits() -> lsgd.SyncRule:
+def diloco_4_bits() -> lsgd.SyncRule:
+    """Returns DiLoCo with pseudo-gradients quantised to 4 bits."""
     nesterov = optax.sgd(0.7, momentum=0.9, nesterov=True)
     return lsgd.flatten(lsgd.outer(nesterov, lsgd.quantize(lsgd.average(), 4)))
 
 
-def streaming() -> lsgd.SyncRule:
-    return lsgd.flatten(lsgd.fragment(lsgd.diloco(), 4, cut=0))
+def streaming_diloco() -> lsgd.SyncRule:
+    """Returns DiLoCo with one of four fragments per synchronisation."""
+    return lsgd.flatten(lsgd.fragment(lsgd.diloco(), 4, split_axis=0))
 
 
 class Method(NamedTuple):
-    """A rule, how often it is applied, and whether workers go on in the meantime.
+    """A synchronisation rule and its schedule.
 
     Attributes:
-      rule: makes the rule; None: gradients are averaged at every step.
-      period: local steps from one agreement to the next.
-      beside: whether an agreement travels while the next steps are computed.
-      bits: of each number on the wire.
-      pieces: agreements until all parameters have been sent.
+      rule: constructor of the rule; None averages the gradients at every step.
+      period: H, local steps per synchronisation.
+      overlapped: whether the next local steps overlap with a synchronisation.
+      bits: bits sent per parameter.
+      fragments: synchronisations until all parameters have been sent.
     """
 
     rule: Callable | None
     period: int
-    beside: bool = False
+    overlapped: bool = False
     bits: int = 32
-    pieces: int = 1
+    fragments: int = 1
 
 
+OVERLAPPED_SUFFIX = ", overlapped"  # Ends the names of overlapped methods.
 METHODS = {
     "every step": Method(None, 1),
     "Local SGD, H = 4": Method(average, 4),
     "Local SGD, H = 16": Method(average, 16),
     "Local SGD, H = 64": Method(average, 64),
-    "Local SGD, H = 16, beside": Method(average, 16, beside=True),
-    "Local SGD, H = 64, beside": Method(average, 64, beside=True),
+    "Local SGD, H = 16, overlapped": Method(average, 16, overlapped=True),
+    "Local SGD, H = 64, overlapped": Method(average, 64, overlapped=True),
     "DiLoCo, H = 32": Method(diloco, 32),
-    "DiLoCo, 4 bits, H = 32": Method(four_bits, 32, bits=4),
-    "streaming DiLoCo, H = 32": Method(streaming, 8, pieces=4),
-    "streaming DiLoCo, H = 32, beside": Method(streaming, 8, beside=True, pieces=4),
+    "DiLoCo, 4 bits, H = 32": Method(diloco_4_bits, 32, bits=4),
+    "streaming DiLoCo, H = 32": Method(streaming_diloco, 8, fragments=4),
+    "streaming DiLoCo, H = 32, overlapped": Method(
+        streaming_diloco, 8, overlapped=True, fragments=4
+    ),
 }
 
 
-class Rounds(NamedTuple):
-    """A method in motion.
+class MethodRunner(NamedTuple):
+    """Functions that run a method on this process.
 
     Attributes:
       start: `start() -> run`.
-      advance: `advance(run, batches) -> run`; a round on leaves (H, b, ...) of the
-        worker here. What still travels when it returns belongs to the run.
-      settle: `settle(run) -> rows`, parameters (1, ...) of the worker here; waits for
-        what still travels.
-      mean: `mean(rows) -> params` of the averaged model; all take part.
+      advance: `advance(run, batches) -> run`; one round on leaves `(H, B, ...)` of the
+        local worker. A synchronisation may still be in flight when it returns.
+      finish: `finish(run) -> params`, leaves `(1, ...)` of the local worker; waits for
+        the synchronisation in flight.
+      mean: `mean(params) -> params` of the averaged model; all processes must call it.
     """
 
     start: Callable[[], Any]
     advance: Callable[[Any, Any], Any]
-    settle: Callable[[Any], Any]
+    finish: Callable[[Any], Any]
     mean: Callable[[Any], Any]
 
 
-def rounds(method: Method, model: Model, optimizer: Any, mesh: Mesh) -> Rounds:
+def make_runner(
+    method: Method, model: Model, optimizer: Any, mesh: Mesh
+) -> MethodRunner:
+    """Returns the functions that run a method, with one worker per process."""
     if method.rule is None:
-        return _every_step(model, optimizer, mesh)
+        return _data_parallel_runner(model, optimizer, mesh)
     algorithm = lsgd.local_sgd(model.loss, optimizer, rule=method.rule())
-    mine = apart(algorithm, mesh)
+    cluster = on_processes(algorithm, mesh)
 
     def start():
-        return mine.init(model.params), None, None
+        return cluster.init(model.params), None, None
 
-    def here(batches):
+    def add_worker_axis(batches):
         return jax.tree.map(lambda x: x[:, None], batches)
 
-    def wait(run, batches):
-        state, _ = mine.round(run[0], here(batches))
-        return mine.agree(state)[0], None, None
+    def blocking_round(run, batches):
+        state, _ = cluster.local_steps(run[0], add_worker_axis(batches))
+        return cluster.sync(state)[0], None, None
 
-    def go_on(run, batches):
-        state, travelling, captured = run
-        state, _ = jax.block_until_ready(mine.round(state, here(batches)))
-        if travelling:
-            agreed, _ = travelling.result(timeout=600)
-            state = catch_up(agreed, state, captured)
-        return state, in_background(mine.agree, state), state
+    def overlapped_round(run, batches):
+        state, in_flight, snapshot = run
+        state, _ = cluster.local_steps(state, add_worker_axis(batches))
+        state = jax.block_until_ready(state)
+        if in_flight:
+            synced, _ = in_flight.result(timeout=SYNC_TIMEOUT)
+            state = merge_late_sync(synced, state, snapshot)
+        return state, submit_daemon(cluster.sync, state), state
 
-    def settle(run):
-        state, travelling, _ = run
-        if travelling:
-            state, _ = travelling.result(timeout=600)
+    def finish(run):
+        state, in_flight, _ = run
+        if in_flight:
+            state, _ = in_flight.result(timeout=SYNC_TIMEOUT)
         return state.workers.params
 
-    return Rounds(start, go_on if method.beside else wait, settle, mine.mean)
+    advance = overlapped_round if method.overlapped else blocking_round
+    return MethodRunner(start, advance, finish, cluster.mean)
 
 
-def own(rows: Any) -> Any:
-    """The model of the worker here."""
-    return jax.tree.map(lambda x: x[0], rows)
+def local_params(params: Any) -> Any:
+    """Returns the parameters of the local worker without their worker axis."""
+    return jax.tree.map(lambda x: x[0], params)
 
 
-def _every_step(model: Model, optimizer: Any, mesh: Mesh) -> Rounds:
-    """What one does without this library: an all-reduce of gradients at each step."""
-    same, split = NamedSharding(mesh, P()), NamedSharding(mesh, P("worker"))
+def _data_parallel_runner(model: Model, optimizer: Any, mesh: Mesh) -> MethodRunner:
+    """Returns a runner in plain JAX that all-reduces the gradients at every step."""
+    replicated, sharded = NamedSharding(mesh, P()), NamedSharding(mesh, P("worker"))
 
     @partial(
         jax.shard_map,
@@ -135,35 +151,36 @@ def _every_step(model: Model, optimizer: Any, mesh: Mesh) -> Rounds:
         out_specs=P(),
         check_vma=False,
     )
-    def gradient(params, batch):
+    def mean_gradient(params, batch):
         vector, unravel = ravel_pytree(jax.grad(model.loss)(params, batch))
         return unravel(jax.lax.pmean(vector, "worker"))
 
     @jax.jit
-    def step(params, moments, batch):
-        updates, moments = optimizer.update(gradient(params, batch), moments, params)
-        return optax.apply_updates(params, updates), moments
+    def step(params, opt_state, batch):
+        gradient = mean_gradient(params, batch)
+        updates, opt_state = optimizer.update(gradient, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
 
     def start():
-        # Every process has the same parameters: nothing needs to be compared.
+        # All processes have equal parameters; `device_put` would compare them.
         params = jax.tree.map(
             lambda x: jax.make_array_from_callback(
-                x.shape, same, lambda place: np.asarray(x)[place]
+                x.shape, replicated, lambda index: np.asarray(x)[index]
             ),
             model.params,
         )
-        return params, jax.jit(optimizer.init, out_shardings=same)(params)
+        return params, jax.jit(optimizer.init, out_shardings=replicated)(params)
 
     def advance(run, batches):
         for i in range(len(jax.tree.leaves(batches)[0])):
             batch = jax.tree.map(
-                lambda x, i=i: jax.make_array_from_process_local_data(split, x[i]),
+                lambda x, i=i: jax.make_array_from_process_local_data(sharded, x[i]),
                 batches,
             )
             run = jax.block_until_ready(step(*run, batch))
         return run
 
-    def settle(run):
+    def finish(run):
         return jax.tree.map(lambda x: x.addressable_data(0)[None], run[0])
 
-    return Rounds(start, advance, settle, own)
+    return MethodRunner(start, advance, finish, local_params)

@@ -1,42 +1,49 @@
-"""Asynchronous Local SGD: workers exchange with an aggregate and never wait.
+"""Asynchronous Local SGD: workers update a shared aggregate without barriers.
 
-`order` and `simulate` play it deterministically on a virtual clock; `on_threads` runs
-it on the devices of a host.
+`simulate_events` and `simulate` run it deterministically on a virtual clock;
+`on_threads` runs it on the devices of a host.
 """
 
 from localsgd_jax.asynchronous.aggregation import (
     Aggregation,
-    Arrival,
-    add,
-    constant,
-    outer,
-    polynomial,
+    UpdateContext,
+    constant_weighting,
+    mean_update,
+    polynomial_weighting,
+    server_optimizer,
 )
-from localsgd_jax.asynchronous.events import Events, order, random_speeds, staleness
+from localsgd_jax.asynchronous.events import (
+    EventKind,
+    EventTrace,
+    max_staleness,
+    random_speeds,
+    simulate_events,
+)
 from localsgd_jax.asynchronous.nesterov import DelayedNesterov, delayed_nesterov
-from localsgd_jax.asynchronous.recording import Recorded, recorded
 from localsgd_jax.asynchronous.simulation import simulate
-from localsgd_jax.asynchronous.state import Asynchronous, AsyncState
+from localsgd_jax.asynchronous.state import AsyncCluster, AsyncState
 from localsgd_jax.asynchronous.threads import on_threads, throughput
+from localsgd_jax.asynchronous.trajectory import SnapshotState, with_snapshots
 
 __all__ = [
     "Aggregation",
-    "Arrival",
+    "AsyncCluster",
     "AsyncState",
-    "Asynchronous",
     "DelayedNesterov",
-    "Events",
-    "Recorded",
-    "add",
-    "constant",
+    "EventKind",
+    "EventTrace",
+    "SnapshotState",
+    "UpdateContext",
+    "constant_weighting",
     "delayed_nesterov",
+    "max_staleness",
+    "mean_update",
     "on_threads",
-    "order",
-    "outer",
-    "polynomial",
+    "polynomial_weighting",
     "random_speeds",
-    "recorded",
+    "server_optimizer",
     "simulate",
-    "staleness",
+    "simulate_events",
     "throughput",
+    "with_snapshots",
 ]

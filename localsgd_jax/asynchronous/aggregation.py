@@ -1,4 +1,4 @@
-"""What a worker's progress does to the aggregate."""
+"""Server update rules for asynchronous Local SGD."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -7,53 +7,54 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from localsgd_jax.asynchronous.checks import holds
-from localsgd_jax.base import PyTree
+from localsgd_jax.core.types import PyTree
+from localsgd_jax.core.validation import check
 
 
-class Arrival(NamedTuple):
-    """What an aggregation knows about a write besides the progress in it.
+class UpdateContext(NamedTuple):
+    """Arguments of an aggregation besides the update.
 
     Attributes:
-      workers: K.
-      missed: staleness of the write, an int32 scalar: how many writes reached the
-        aggregate after its worker had last read it and before this one. Writes of
-        one instant do not make each other stale.
+      num_workers: K.
+      staleness: int32 scalar; number of updates applied to the aggregate after the
+        worker last pulled it and before this update. Simultaneous updates do not
+        make each other stale.
     """
 
-    workers: int
-    missed: jax.Array
+    num_workers: int
+    staleness: jax.Array
 
 
 class Aggregation(NamedTuple):
-    """How a write changes the aggregate, one write at a time.
+    """Server update rule, applied to one update at a time.
 
-    With the progress pₖ = xₖ − rₖ of worker k since it read rₖ:
+    With the update pₖ = xₖ − rₖ of worker k since it last pulled the aggregate, rₖ:
 
-        z, memory ← apply(z, pₖ, memory, arrival)
+        z, aggregation_state ← apply(z, pₖ, aggregation_state, context)
 
     Attributes:
-      init: `init(aggregate) -> memory`.
-      apply: `apply(aggregate, progress, memory, arrival) -> (aggregate, memory)`.
+      init: `init(aggregate) -> aggregation_state`.
+      apply: `apply(aggregate, update, aggregation_state, context) -> (aggregate,
+        aggregation_state)`, with an `UpdateContext`.
     """
 
     init: Callable[[PyTree], PyTree]
-    apply: Callable[[PyTree, PyTree, PyTree, Arrival], tuple[PyTree, PyTree]]
+    apply: Callable[[PyTree, PyTree, PyTree, UpdateContext], tuple[PyTree, PyTree]]
 
 
-def add() -> Aggregation:
-    """Adds a worker's share of its progress.
+def mean_update() -> Aggregation:
+    """Adds 1/K of each update to the aggregate.
 
         z ← z + pₖ / K
 
     Returns:
-      An aggregation without memory. No progress is lost or counted twice: when all
-      writes have arrived, z is the start plus 1/K of all progress.
+      An aggregation without state. Every update is applied exactly once: after all
+      updates have been applied, z is the initial value plus 1/K of their sum.
 
     Example:
       >>> import jax.numpy as jnp
-      >>> arrival = Arrival(workers=4, missed=jnp.int32(0))
-      >>> z, _ = add().apply(jnp.float32(1.0), jnp.float32(8.0), (), arrival)
+      >>> context = UpdateContext(num_workers=4, staleness=jnp.int32(0))
+      >>> z, _ = mean_update().apply(jnp.float32(1.0), jnp.float32(8.0), (), context)
       >>> float(z)
       3.0
 
@@ -63,16 +64,16 @@ def add() -> Aggregation:
     """
 
     def apply(
-        aggregate: PyTree, progress: PyTree, memory: PyTree, arrival: Arrival
+        aggregate: PyTree, update: PyTree, state: PyTree, context: UpdateContext
     ) -> tuple[PyTree, PyTree]:
-        share = jax.tree.map(lambda p: p / arrival.workers, progress)
-        return jax.tree.map(jnp.add, aggregate, share), memory
+        mean = jax.tree.map(lambda p: p / context.num_workers, update)
+        return jax.tree.map(jnp.add, aggregate, mean), state
 
     return Aggregation(lambda aggregate: (), apply)
 
 
-def constant(value: float = 1.0) -> Callable:
-    """Gives every write the same weight, however stale.
+def constant_weighting(value: float = 1.0) -> Callable:
+    """Returns a constant staleness weighting.
 
         w(s) = value
 
@@ -80,74 +81,76 @@ def constant(value: float = 1.0) -> Callable:
       value: the weight, positive.
 
     Returns:
-      A weighting for `outer` and `delayed_nesterov`.
+      A weighting for `server_optimizer` and `delayed_nesterov`.
 
     Raises:
       ValueError: if the value is not positive.
 
     Example:
-      >>> constant()(7)
+      >>> constant_weighting()(7)
       1.0
     """
-    holds("constant(value)", "positive", value, value > 0)
-    return lambda missed: value
+    check(value > 0, "constant_weighting(value)", "it must be positive", value)
+    return lambda staleness: value
 
 
-def polynomial(power: float = 0.5) -> Callable:
-    """Weighs a write the less, the more writes it has missed.
+def polynomial_weighting(power: float = 0.5) -> Callable:
+    """Returns a staleness weighting with polynomial decay.
 
         w(s) = (1 + s)^(−power)
 
-    `polynomial(0)` equals `constant()`.
+    `polynomial_weighting(0)` equals `constant_weighting()`.
 
     Args:
-      power: a, at least 0.
+      power: exponent a, at least 0.
 
     Returns:
-      A weighting for `outer` and `delayed_nesterov`.
+      A weighting for `server_optimizer` and `delayed_nesterov`.
 
     Raises:
       ValueError: if the power is negative.
 
     Example:
-      >>> polynomial(0.5)(3)
+      >>> polynomial_weighting(0.5)(3)
       0.5
 
     References:
       Xie, Koyejo, Gupta, Asynchronous Federated Optimization, 2019.
       arXiv:1903.03934
     """
-    holds("polynomial(power)", "at least 0", power, power >= 0)
-    return lambda missed: (1.0 + missed) ** -power
+    check(power >= 0, "polynomial_weighting(power)", "it must be at least 0", power)
+    return lambda staleness: (1.0 + staleness) ** -power
 
 
-def outer(
+def server_optimizer(
     optimizer: optax.GradientTransformation, weighting: Callable | None = None
 ) -> Aggregation:
-    """Steps an optax optimizer along each worker's pseudo-gradient.
+    """Applies an optax optimizer to the pseudo-gradient of each update.
 
     With the weight w of the staleness s:
 
         g = −w(s) pₖ / K
         z ← z + optimizer(g)
 
-    `outer(optax.sgd(1.0))` equals `add()`. An optimizer with momentum sees each
-    write as a step of its own, K times as often as in the synchronous rule;
-    `delayed_nesterov` is made for that.
+    `server_optimizer(optax.sgd(1.0))` equals `mean_update()`. An optimizer with
+    momentum takes one step per update, K times as many as in the synchronous rule
+    `outer`; `delayed_nesterov` compensates for that.
 
     Args:
-      optimizer: outer optimizer; g plays the part of the gradient.
-      weighting: from the staleness to a weight; None for `constant()`.
+      optimizer: outer optimizer; its gradient is g.
+      weighting: function from the staleness to a weight; None for
+        `constant_weighting()`.
 
     Returns:
-      An aggregation whose memory is the optimizer's state.
+      An aggregation whose state is the state of the optimizer.
 
     Raises:
-      TypeError: if an argument is not what it must be.
+      TypeError: if the optimizer is not an optax optimizer or the weighting is not
+        callable.
 
     Example:
       >>> import optax
-      >>> aggregation = outer(optax.sgd(0.7), weighting=polynomial(0.5))
+      >>> aggregation = server_optimizer(optax.sgd(0.7), polynomial_weighting(0.5))
 
     References:
       Liu et al., Asynchronous Local-SGD Training for Language Modeling, 2024.
@@ -155,43 +158,63 @@ def outer(
     """
     if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
         raise TypeError(
-            "outer(optimizer): an optax optimizer is needed, such as optax.sgd(0.7); "
-            f"got {optimizer!r}"
+            "server_optimizer(optimizer): an optax optimizer is needed, such as "
+            f"optax.sgd(0.7); got {optimizer!r}"
         )
-    weighting = as_weighting("outer(weighting)", weighting)
+    weighting = resolve_weighting("server_optimizer(weighting)", weighting)
 
     def apply(
-        aggregate: PyTree, progress: PyTree, memory: PyTree, arrival: Arrival
+        aggregate: PyTree, update: PyTree, state: PyTree, context: UpdateContext
     ) -> tuple[PyTree, PyTree]:
-        delta = times(-weighting(arrival.missed), progress)
-        gradient = jax.tree.map(lambda d: d / arrival.workers, delta)
-        updates, memory = optimizer.update(gradient, memory, aggregate)
-        return optax.apply_updates(aggregate, updates), memory
+        gradient = pseudo_gradient(weighting, update, context.staleness)
+        gradient = jax.tree.map(lambda g: g / context.num_workers, gradient)
+        updates, state = optimizer.update(gradient, state, aggregate)
+        return optax.apply_updates(aggregate, updates), state
 
     return Aggregation(optimizer.init, apply)
 
 
-def check_aggregation(call: str, aggregation: Aggregation | None) -> Aggregation:
-    """Returns the aggregation, `add()` for None; refuses what is none."""
+def pseudo_gradient(
+    weighting: Callable, update: PyTree, staleness: jax.Array
+) -> PyTree:
+    """Returns the pseudo-gradient −w(s) pₖ in the dtypes of the update."""
+    weighted = optax.tree_utils.tree_scale(-weighting(staleness), update)
+    return optax.tree_utils.tree_cast_like(weighted, update)
+
+
+def resolve_aggregation(call: str, aggregation: Aggregation | None) -> Aggregation:
+    """Returns the aggregation, or `mean_update()` for None.
+
+    Args:
+      call: public call and argument, for messages.
+      aggregation: an aggregation or None.
+
+    Raises:
+      TypeError: if it is neither.
+    """
     if aggregation is None:
-        return add()
+        return mean_update()
     if not isinstance(aggregation, Aggregation):
         raise TypeError(
-            f"{call}: an Aggregation is needed, such as add(); got {aggregation!r}"
+            f"{call}: an Aggregation is needed, such as mean_update(); got "
+            f"{aggregation!r}"
         )
     return aggregation
 
 
-def times(factor: jax.Array | float, tree: PyTree) -> PyTree:
-    """Multiplies a tree by a scalar, in the dtypes of the tree."""
-    return jax.tree.map(lambda x: jnp.asarray(factor).astype(x.dtype) * x, tree)
+def resolve_weighting(call: str, weighting: Callable | None) -> Callable:
+    """Returns the weighting, or `constant_weighting()` for None.
 
+    Args:
+      call: public call and argument, for messages.
+      weighting: a function of the staleness or None.
 
-def as_weighting(call: str, weighting: Callable | None) -> Callable:
-    """Returns the weighting, `constant()` for None; refuses what is none."""
+    Raises:
+      TypeError: if it is neither.
+    """
     if weighting is not None and not callable(weighting):
         raise TypeError(
-            f"{call}: a function of the staleness is needed, such as polynomial(); "
-            f"got {weighting!r}"
+            f"{call}: a function of the staleness is needed, such as "
+            f"polynomial_weighting(); got {weighting!r}"
         )
-    return weighting or constant()
+    return weighting or constant_weighting()

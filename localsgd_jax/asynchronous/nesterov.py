@@ -1,28 +1,29 @@
-"""Delayed Nesterov: a momentum for writes that come one at a time."""
+"""Delayed Nesterov momentum for asynchronous updates."""
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from localsgd_jax.asynchronous.aggregation import (
     Aggregation,
-    Arrival,
-    as_weighting,
-    times,
+    UpdateContext,
+    pseudo_gradient,
+    resolve_weighting,
 )
-from localsgd_jax.asynchronous.checks import holds, whole
-from localsgd_jax.base import PyTree
+from localsgd_jax.core.types import PyTree
+from localsgd_jax.core.validation import check, check_int
 
 
 class DelayedNesterov(NamedTuple):
-    """Memory of `delayed_nesterov`.
+    """State of `delayed_nesterov`.
 
     Attributes:
-      count: writes so far, int32 scalar.
+      count: number of updates applied, int32 scalar.
       momentum: m.
-      buffer: Δ, the pseudo-gradients since m last changed.
+      buffer: Δ, sum of the pseudo-gradients since m last changed.
     """
 
     count: jax.Array
@@ -38,63 +39,70 @@ def delayed_nesterov(
     activation: float = 0.0,
     weighting: Callable | None = None,
 ) -> Aggregation:
-    """Descends at once along each pseudo-gradient, and seldom along a momentum.
+    """Applies each pseudo-gradient at once and the momentum every N updates.
 
-    With g = −w(s) pₖ for the staleness s, the t-th write, t = 1, 2, …, does
+    With g = −w(s) pₖ for the staleness s, update t = 1, 2, … computes
 
         Δ ← Δ + g
         m ← β m + Δ/N,   Δ ← 0                  if t mod N = 0
         a = 1 − c N + c  if t mod N = 0, else c
         z ← z − γ (a β m + g/N)
 
-    The default c = 0 applies m once in N writes. With N = 1 it is, but for the
-    factor K in g, `outer(optax.sgd(γ, momentum=β, nesterov=True))`.
+    The default c = 0 applies m once in N updates. With N = 1 the rule equals
+    `server_optimizer(optax.sgd(γ, momentum=β, nesterov=True))`, except that its g is
+    not divided by K.
 
     Args:
       learning_rate: γ, positive.
       momentum: β, in [0, 1).
       buffer: N, at least 1; None for K.
       activation: c, in [0, 1/N].
-      weighting: from the staleness to a weight; None for `constant()`.
+      weighting: function from the staleness to a weight; None for
+        `constant_weighting()`.
 
     Returns:
-      An aggregation with the memory `DelayedNesterov`.
+      An aggregation whose state is a `DelayedNesterov`.
 
     Raises:
       TypeError: if the buffer is not an int, or the weighting not callable.
-      ValueError: if a number is out of range. Where N is K, the activation is
-        checked when K is known.
+      ValueError: if a number is out of range. If N is K, the activation is checked
+        when K is known.
 
     Example:
       >>> aggregation = delayed_nesterov(0.7, momentum=0.9)
 
     References:
-      Liu et al., Asynchronous Local-SGD Training for Language Modeling, 2024.
-      arXiv:2401.09135
+      Liu et al., Asynchronous Local-SGD Training for Language Modeling, 2024,
+      Algorithm 3. arXiv:2401.09135
     """
-    weighting = as_weighting("delayed_nesterov(weighting)", weighting)
-    _check_nesterov(learning_rate, momentum, buffer, activation)
+    weighting = resolve_weighting("delayed_nesterov(weighting)", weighting)
+    _check_arguments(learning_rate, momentum, buffer, activation)
 
     def init(aggregate: PyTree) -> DelayedNesterov:
         zeros = jax.tree.map(jnp.zeros_like, aggregate)
         return DelayedNesterov(jnp.int32(0), zeros, jax.tree.map(jnp.copy, zeros))
 
     def apply(
-        aggregate: PyTree, progress: PyTree, memory: DelayedNesterov, arrival: Arrival
+        aggregate: PyTree,
+        update: PyTree,
+        state: DelayedNesterov,
+        context: UpdateContext,
     ) -> tuple[PyTree, DelayedNesterov]:
-        n = arrival.workers if buffer is None else buffer
+        n = context.num_workers if buffer is None else buffer
         _check_activation(activation, n)
-        count = memory.count + 1
+        count = state.count + 1
         due = count % n == 0
-        gradient = times(-weighting(arrival.missed), progress)
-        total = jax.tree.map(jnp.add, memory.buffer, gradient)
+        gradient = pseudo_gradient(weighting, update, context.staleness)
+        total = jax.tree.map(jnp.add, state.buffer, gradient)
         velocity = jax.tree.map(
-            lambda m, d: jnp.where(due, momentum * m + d / n, m), memory.momentum, total
+            lambda m, d: jnp.where(due, momentum * m + d / n, m), state.momentum, total
         )
         total = jax.tree.map(lambda d: jnp.where(due, 0, d), total)
-        share = jnp.where(due, 1 - activation * n + activation, activation)
+        factor = jnp.where(due, 1 - activation * n + activation, activation)
         step = jax.tree.map(
-            lambda m, g: m + g / n, times(share * momentum, velocity), gradient
+            lambda m, g: m + g / n,
+            optax.tree_utils.tree_scale(factor * momentum, velocity),
+            gradient,
         )
         aggregate = jax.tree.map(lambda z, s: z - learning_rate * s, aggregate, step)
         return aggregate, DelayedNesterov(count, velocity, total)
@@ -102,25 +110,30 @@ def delayed_nesterov(
     return Aggregation(init, apply)
 
 
-def _check_nesterov(
+def _check_arguments(
     learning_rate: float, momentum: float, buffer: int | None, activation: float
 ) -> None:
-    """Refuses numbers out of range."""
+    """Raises a ValueError if a number is out of range."""
     call = "delayed_nesterov"
-    holds(f"{call}(learning_rate)", "positive", learning_rate, learning_rate > 0)
-    holds(f"{call}(momentum)", "in [0, 1)", momentum, 0 <= momentum < 1)
+    positive = learning_rate > 0
+    check(positive, f"{call}(learning_rate)", "it must be positive", learning_rate)
+    check(0 <= momentum < 1, f"{call}(momentum)", "it must be in [0, 1)", momentum)
     if buffer is None:
-        holds(f"{call}(activation)", "in [0, 1]", activation, 0 <= activation <= 1)
+        in_range = 0 <= activation <= 1
+        check(in_range, f"{call}(activation)", "it must be in [0, 1]", activation)
         return
-    whole(f"{call}(buffer)", buffer)
+    check_int(f"{call}(buffer)", "it", buffer, 1)
     _check_activation(activation, buffer)
 
 
 def _check_activation(activation: float, n: int) -> None:
-    """Refuses a momentum that would be applied more than once in N writes."""
-    holds(
-        "delayed_nesterov(activation)",
-        f"in [0, 1/N] with N = {n}",
-        activation,
+    """Raises a ValueError unless 0 ≤ c ≤ 1/N.
+
+    A larger c would apply the momentum more than once in N updates.
+    """
+    check(
         0 <= activation <= 1 / n,
+        "delayed_nesterov(activation)",
+        f"it must be in [0, 1/N] with N = {n}",
+        activation,
     )

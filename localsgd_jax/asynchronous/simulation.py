@@ -10,60 +10,62 @@ import numpy as np
 
 from localsgd_jax.asynchronous.aggregation import (
     Aggregation,
-    Arrival,
-    check_aggregation,
+    UpdateContext,
+    resolve_aggregation,
 )
-from localsgd_jax.asynchronous.events import STEP, Events
+from localsgd_jax.asynchronous.events import EventKind, EventTrace
 from localsgd_jax.asynchronous.state import (
-    Asynchronous,
+    AsyncCluster,
     AsyncState,
-    adopt,
-    get,
-    progress,
-    start,
+    compute_update,
+    get_shared_field,
+    init_state,
+    pull,
 )
-from localsgd_jax.base import Algorithm, PyTree
+from localsgd_jax.core.types import Algorithm, PyTree
 
 
 def simulate(
     algorithm: Algorithm,
-    events: Events,
+    events: EventTrace,
     aggregation: Aggregation | None = None,
     *,
     field: str = "params",
-) -> Asynchronous:
-    """Plays events, one after another, in one `jax.lax.scan`.
+) -> AsyncCluster:
+    """Simulates asynchronous workers by one `jax.lax.scan` over an event trace.
 
-    With the aggregate z, and what worker k last read, rₖ:
+    With the aggregate z, and the value rₖ that worker k last pulled:
 
-        step    xₖ ← step(xₖ, ξ)
-        send    pₖ = xₖ − rₖ
-        arrive  z ← z + pₖ / K          or what the aggregation makes of pₖ
-        read    xₖ ← z,   rₖ ← z
+        STEP    xₖ ← step(xₖ, ξ)
+        PUSH    pₖ = xₖ − rₖ
+        APPLY   z ← z + pₖ / K          or as the aggregation defines
+        PULL    xₖ ← z,   rₖ ← z
 
-    A write is late by its delay, a read is not: a worker may go on without its own
-    last progress, which is under way and reaches z later. Progress counts from what
-    was read, so it is neither lost nor added twice; at the end all has arrived:
+    Updates are delayed, pulls are not: a worker may continue from an aggregate that
+    does not contain its own last update, which is still in flight. Updates are
+    differences to the last pulled value, so each one is applied exactly once. At the
+    end of a run no update is in flight:
 
         z = x₀ + (1/K) Σ p
 
-    Equal events give equal bits.
+    Equal events give bitwise equal results.
 
     Args:
-      algorithm: what one worker does. Its rule is for workers that meet; here the
+      algorithm: per-worker algorithm. Its synchronisation rule is not used; the
         aggregation takes its place.
-      events: from `order`.
-      aggregation: how a write changes the aggregate; None for `add()`.
-      field: the field of the train state that is shared; all others stay the
-        worker's own.
+      events: from `simulate_events`.
+      aggregation: how an update changes the aggregate; None for `mean_update()`.
+      field: field of the train state that is shared; all other fields are not
+        synchronised.
 
     Returns:
-      A place whose `run(state, batches)` takes leaves `(T, K, B, ...)`, the batch of
-      each worker's own local step, and returns the state and the metrics of each
-      local step, in the order of the events of kind 0.
+      A cluster whose `run(state, batches)` takes leaves `(T, K, B, ...)`, the batch of
+      each local step of each worker. It returns the state and the metrics of each
+      local step, in the order of the STEP events.
 
     Raises:
-      TypeError: if an argument is not what it must be.
+      TypeError: if the events are not an `EventTrace` or the aggregation is not an
+        `Aggregation`; at `init`, if a leaf of the field is not floating point.
       ValueError: at `init`, if the state lacks the field; at `run`, if the batches
         are not `(T, K, ...)`.
 
@@ -73,10 +75,10 @@ def simulate(
       >>> from localsgd_jax import asynchronous
       >>> algorithm = lsgd.local_sgd(lambda w, b: (w - b) ** 2, optax.sgd(0.5),
       ...                            rule=lsgd.average())
-      >>> events = asynchronous.order(workers=2, steps=1, every=1, speed=[2, 1])
-      >>> place = asynchronous.simulate(algorithm, events)
+      >>> events = asynchronous.simulate_events(2, steps=1, schedule=1, speed=[2, 1])
+      >>> cluster = asynchronous.simulate(algorithm, events)
       >>> batches = jnp.array([[1.0, 3.0]])                        # (T, K)
-      >>> state, metrics = place.run(place.init(jnp.zeros(())), batches)
+      >>> state, metrics = cluster.run(cluster.init(jnp.zeros(())), batches)
       >>> state.aggregate, state.workers.params
       (Array(2., dtype=float32), Array([0.5, 2. ], dtype=float32))
 
@@ -84,108 +86,129 @@ def simulate(
       Stich, Local SGD Converges Fast and Communicates Little, 2019, Algorithm 2.
       arXiv:1805.09767
     """
-    if not isinstance(events, Events):
-        raise TypeError(f"simulate(events): they come from order(), got {events!r}")
-    aggregation = check_aggregation("simulate(aggregation)", aggregation)
+    if not isinstance(events, EventTrace):
+        raise TypeError(
+            "simulate(events): an EventTrace from simulate_events() is needed, got "
+            f"{events!r}"
+        )
+    aggregation = resolve_aggregation("simulate(aggregation)", aggregation)
     workers, steps = int(events.worker.max()) + 1, int(events.step.max())
-    slots = int(events.slot.max()) + 1
-    stepped = np.flatnonzero(events.kind == STEP)
+    slots = int(events.buffer_slot.max()) + 1
+    step_events = np.flatnonzero(events.kind == EventKind.STEP)
 
     @jax.jit
     def run(state: AsyncState, batches: PyTree) -> tuple[AsyncState, PyTree]:
         _check_batches(batches, steps, workers)
-        flight = jax.tree.map(
+        in_flight = jax.tree.map(
             lambda z: jnp.zeros((slots, *z.shape), z.dtype), state.aggregate
         )
-        actions = [
-            partial(_step, algorithm, batches),
-            partial(_send, field),
-            partial(_arrive, aggregation, workers),
-            partial(_read, field),
-        ]
-        columns = _Event(*(jnp.asarray(getattr(events, x)) for x in _Event._fields))
-        (state, _), metrics = jax.lax.scan(
-            _chooser(actions), _Sky(state, flight), columns
+        body = _event_switch(
+            partial(_on_step, algorithm, batches),
+            partial(_on_push, field),
+            partial(_on_apply, aggregation, workers),
+            partial(_on_pull, field),
         )
-        return state, jax.tree.map(lambda x: x[stepped], metrics)
+        columns = _Event(*(jnp.asarray(getattr(events, x)) for x in _Event._fields))
+        carry, metrics = jax.lax.scan(body, _SimulatorCarry(state, in_flight), columns)
+        return carry.state, jax.tree.map(lambda x: x[step_events], metrics)
 
-    return Asynchronous(
-        partial(start, algorithm, workers, aggregation, field), run, workers
+    return AsyncCluster(
+        partial(init_state, algorithm, workers, aggregation, field), run, workers
     )
 
 
 class _Event(NamedTuple):
-    """What the program needs of an event."""
+    """Columns of an `EventTrace` used by the compiled program."""
 
     kind: jax.Array
     worker: jax.Array
     step: jax.Array
-    slot: jax.Array
-    missed: jax.Array
+    buffer_slot: jax.Array
+    staleness_updates: jax.Array
 
 
-class _Sky(NamedTuple):
-    """The state, and the progress that is under way: leaves (slots, ...)."""
+class _SimulatorCarry(NamedTuple):
+    """Carry of the scan: the state and in-flight updates, leaves `(slots, ...)`."""
 
     state: AsyncState
-    flight: PyTree
+    in_flight: PyTree
 
 
-def _chooser(actions: list) -> Callable:
-    """Makes the body of the scan: the action of an event; all but a step are mute."""
-    step, *others = actions
+def _event_switch(
+    on_step: Callable, on_push: Callable, on_apply: Callable, on_pull: Callable
+) -> Callable:
+    """Returns the scan body, a switch over the event kind.
 
-    def play(sky: _Sky, event: _Event) -> tuple[_Sky, PyTree]:
-        shapes = jax.eval_shape(step, sky, event)[1]
-        blank = jax.tree.map(lambda m: jnp.zeros(m.shape, m.dtype), shapes)
-        mute = [lambda sky, event, act=act: (act(sky, event), blank) for act in others]
-        return jax.lax.switch(event.kind, [step, *mute], sky, event)
+    The branches are in the order of `EventKind`. Only STEP events have metrics; the
+    other branches return zeros.
+    """
 
-    return play
+    def body(carry: _SimulatorCarry, event: _Event) -> tuple[_SimulatorCarry, PyTree]:
+        shapes = jax.eval_shape(on_step, carry, event)[1]
+        zero_metrics = jax.tree.map(lambda m: jnp.zeros(m.shape, m.dtype), shapes)
+        without_metrics = [
+            lambda carry, event, handler=handler: (handler(carry, event), zero_metrics)
+            for handler in (on_push, on_apply, on_pull)
+        ]
+        return jax.lax.switch(event.kind, [on_step, *without_metrics], carry, event)
+
+    return body
 
 
-def _step(
-    algorithm: Algorithm, batches: PyTree, sky: _Sky, event: _Event
-) -> tuple[_Sky, PyTree]:
-    """Takes a local step."""
-    state = sky.state
+def _on_step(
+    algorithm: Algorithm, batches: PyTree, carry: _SimulatorCarry, event: _Event
+) -> tuple[_SimulatorCarry, PyTree]:
+    """Takes a local step of the worker."""
+    state = carry.state
     batch = jax.tree.map(lambda x: x[event.step - 1, event.worker], batches)
-    worker, metrics = algorithm.step(_row(state.workers, event.worker), batch)
+    worker, metrics = algorithm.step(_take_row(state.workers, event.worker), batch)
     workers = _with_row(state.workers, event.worker, worker)
-    return sky._replace(state=state._replace(workers=workers)), metrics
+    return carry._replace(state=state._replace(workers=workers)), metrics
 
 
-def _send(field: str, sky: _Sky, event: _Event) -> _Sky:
-    """Puts a worker's progress under way."""
-    params, read = _row((get(sky.state.workers, field), sky.state.read), event.worker)
-    flight = _with_row(sky.flight, event.slot, progress(params, read))
-    return sky._replace(flight=flight)
-
-
-def _arrive(aggregation: Aggregation, workers: int, sky: _Sky, event: _Event) -> _Sky:
-    """Lets the progress in a slot change the aggregate."""
-    aggregate, memory = aggregation.apply(
-        sky.state.aggregate,
-        _row(sky.flight, event.slot),
-        sky.state.memory,
-        Arrival(workers, event.missed),
+def _on_push(field: str, carry: _SimulatorCarry, event: _Event) -> _SimulatorCarry:
+    """Stores the update of the worker in an in-flight buffer."""
+    params = get_shared_field(carry.state.workers, field)
+    params, last_read = _take_row((params, carry.state.last_read), event.worker)
+    update = compute_update(params, last_read)
+    return carry._replace(
+        in_flight=_with_row(carry.in_flight, event.buffer_slot, update)
     )
-    return sky._replace(state=sky.state._replace(aggregate=aggregate, memory=memory))
 
 
-def _read(field: str, sky: _Sky, event: _Event) -> _Sky:
-    """Lets a worker read the aggregate."""
-    state, k = sky.state, event.worker
-    worker, read = adopt(
-        _row(state.workers, k), field, state.aggregate, _row(state.read, k)
+def _on_apply(
+    aggregation: Aggregation, workers: int, carry: _SimulatorCarry, event: _Event
+) -> _SimulatorCarry:
+    """Applies the update of an in-flight buffer to the aggregate."""
+    aggregate, aggregation_state = aggregation.apply(
+        carry.state.aggregate,
+        _take_row(carry.in_flight, event.buffer_slot),
+        carry.state.aggregation_state,
+        UpdateContext(workers, event.staleness_updates),
+    )
+    state = carry.state._replace(
+        aggregate=aggregate, aggregation_state=aggregation_state
+    )
+    return carry._replace(state=state)
+
+
+def _on_pull(field: str, carry: _SimulatorCarry, event: _Event) -> _SimulatorCarry:
+    """Replaces the parameters of the worker by the aggregate."""
+    state, k = carry.state, event.worker
+    worker, last_read = pull(
+        _take_row(state.workers, k),
+        field,
+        state.aggregate,
+        _take_row(state.last_read, k),
     )
     state = state._replace(
-        workers=_with_row(state.workers, k, worker), read=_with_row(state.read, k, read)
+        workers=_with_row(state.workers, k, worker),
+        last_read=_with_row(state.last_read, k, last_read),
     )
-    return sky._replace(state=state)
+    return carry._replace(state=state)
 
 
-def _row(tree: PyTree, index: jax.Array) -> PyTree:
+def _take_row(tree: PyTree, index: jax.Array) -> PyTree:
     """Returns one row of each leaf."""
     return jax.tree.map(lambda x: x[index], tree)
 
@@ -196,7 +219,7 @@ def _with_row(tree: PyTree, index: jax.Array, row: PyTree) -> PyTree:
 
 
 def _check_batches(batches: PyTree, steps: int, workers: int) -> None:
-    """Refuses batches that are not one for each step and worker."""
+    """Raises a ValueError unless all leaves start with `(T, K)`."""
     for path, leaf in jax.tree.leaves_with_path(batches):
         if (shape := jnp.shape(leaf))[:2] != (steps, workers):
             raise ValueError(

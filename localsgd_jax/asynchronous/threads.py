@@ -1,4 +1,4 @@
-"""Asynchronous Local SGD on one host: a thread for each device, and no barrier."""
+"""Asynchronous Local SGD on one host: a thread per worker, without barriers."""
 
 import itertools
 import time
@@ -12,21 +12,28 @@ import numpy as np
 
 from localsgd_jax.asynchronous.aggregation import (
     Aggregation,
-    Arrival,
-    check_aggregation,
+    UpdateContext,
+    resolve_aggregation,
 )
-from localsgd_jax.asynchronous.checks import as_schedules, whole
-from localsgd_jax.asynchronous.desk import Desk, History, Work, stack
+from localsgd_jax.asynchronous.parameter_server import (
+    History,
+    ParameterServer,
+    WorkQueue,
+)
 from localsgd_jax.asynchronous.state import (
-    Asynchronous,
+    AsyncCluster,
     AsyncState,
-    adopt,
-    get,
-    progress,
-    start,
+    compute_update,
+    get_shared_field,
+    init_state,
+    pull,
 )
-from localsgd_jax.asynchronous.together import together
-from localsgd_jax.base import Algorithm, PyTree
+from localsgd_jax.asynchronous.thread_group import run_threads
+from localsgd_jax.core.metrics import metrics_by_name
+from localsgd_jax.core.pytrees import stack_leaves
+from localsgd_jax.core.types import Algorithm, PyTree
+from localsgd_jax.core.validation import check_int
+from localsgd_jax.schedules.per_worker import resolve_schedules
 
 
 def on_threads(
@@ -35,56 +42,60 @@ def on_threads(
     aggregation: Aggregation | None = None,
     *,
     field: str = "params",
-) -> Asynchronous:
-    """Runs a worker on each device, in a thread of its own.
+) -> AsyncCluster:
+    """Runs each worker in its own thread, on its own device.
 
-    Each worker k, over and over and without waiting for anyone:
+    Each worker k repeats, without waiting for other workers:
 
-        take the next H batches that nobody has taken
+        take the next H batches from a queue that all workers share
         xₖ ← step(xₖ, ξ), H times, compiled as one program
         under a lock: z ← z + (xₖ − rₖ) / K,   xₖ ← z,   rₖ ← z
 
-    A slow worker takes fewer batches and the others more, so the work of a run does
-    not depend on the speeds. The order of the exchanges does, and with it the last
-    digits: no two runs need be equal.
+    A slow worker takes fewer batches and the other workers take more, so the total work
+    of a run does not depend on the speeds. The order of the updates does, and with it
+    the rounding: two runs are in general not bitwise equal.
 
-    `run(state, batches, *, every, steps=None, pause=None, chunk=64)` takes
+    `run(state, batches, *, schedule, steps=None, delay_fn=None,
+    max_steps_per_dispatch=64)` takes
 
-      batches: as `train` does: an iterable with leaves `(K, B, ...)`. Its K parts are
-        work for whoever is free next, whichever worker that is.
-      every: a period or a schedule, or K of them, called with the worker's own
+      batches: iterable with leaves `(K, B, ...)`, as for `train`. Each of the K rows is
+        a work item, which any worker may take.
+      schedule: a period or a schedule, or K of them, called with the worker's own
         number of local steps in this run.
-      steps: batches to take at most; None for all.
-      pause: `pause(worker, seconds)`, called after each worker's local steps with the
-        time that they took, gives the seconds that the worker then sleeps; for
-        experiments with slow workers.
-      chunk: most local steps in one dispatch.
+      steps: maximum number of batches; None for all.
+      delay_fn: `delay_fn(worker, seconds)`, called after the local steps of a worker
+        with the seconds that they took, returns the seconds that the worker then
+        sleeps; for experiments with stragglers.
+      max_steps_per_dispatch: maximum number of local steps in one dispatch.
 
-    and returns the state and the history: NumPy columns with an entry for each
-    exchange, in their order. "worker"; "steps", the local steps in it; "missed", the
-    writes of others since this worker had read; "seconds" since the start; and the
-    mean over its steps of every metric that is a number, such as "loss". A device
-    compiles in its first round of each length: run once before measuring.
+    and returns the state and the history: NumPy arrays with one entry per update, in
+    the order of their application. The columns are "worker"; "steps", the number of
+    local steps in the update; "staleness", the number of updates applied since this
+    worker's last pull; "seconds" since the start; and the mean over its local steps of
+    every scalar metric, such as "loss". A device compiles in its first round of each
+    length: run once before measuring.
 
-    If a thread fails, or Ctrl-C is pressed, the others end after the dispatch that
-    they are in, and the error is raised here.
+    If a thread raises, or on Ctrl-C, the other threads end after their current dispatch
+    and the error is raised by `run`.
 
     Args:
-      algorithm: what one worker does. Its rule is for workers that meet; here the
+      algorithm: per-worker algorithm. Its synchronisation rule is not used; the
         aggregation takes its place.
-      devices: one for each worker, a device may serve several; None for all of this
-        process. The aggregate lives on the first.
-      aggregation: how a write changes the aggregate; None for `add()`.
-      field: the field of the train state that is shared.
+      devices: one device per worker; a device may occur several times. None for all
+        devices of this process. The aggregate is stored on the first.
+      aggregation: how an update changes the aggregate; None for `mean_update()`.
+      field: field of the train state that is shared; all other fields are not
+        synchronised.
 
     Returns:
-      A place whose `run` is described above.
+      A cluster whose `run` is described above.
 
     Raises:
-      TypeError: if an argument is not what it must be.
+      TypeError: if the aggregation is not an `Aggregation`; at `run`, if a count is not
+        an int or a schedule is neither an int nor callable.
       ValueError: without devices; at `run`, if a number is out of range or a batch
-        does not have K parts.
-      FloatingPointError: at `run`, when the metric "loss" is not finite.
+        does not have K rows.
+      FloatingPointError: at `run`, if the metric "loss" is not finite.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -92,9 +103,10 @@ def on_threads(
       >>> from localsgd_jax import asynchronous
       >>> algorithm = lsgd.local_sgd(lambda w, b: (w - b) ** 2, optax.sgd(0.1),
       ...                            rule=lsgd.average())
-      >>> place = asynchronous.on_threads(algorithm, devices=jax.devices()[:1] * 2)
+      >>> cluster = asynchronous.on_threads(algorithm, devices=jax.devices()[:1] * 2)
       >>> batches = [jnp.array([1.0, 3.0])] * 12                   # 12 steps, K = 2
-      >>> state, history = place.run(place.init(jnp.zeros(())), batches, every=4)
+      >>> state = cluster.init(jnp.zeros(()))
+      >>> state, history = cluster.run(state, batches, schedule=4)
       >>> history["steps"].sum()
       np.int64(24)
 
@@ -105,10 +117,10 @@ def on_threads(
     devices = list(jax.local_devices() if devices is None else devices)
     if not devices:
         raise ValueError("on_threads(devices): at least one is needed, got none")
-    aggregation = check_aggregation("on_threads(aggregation)", aggregation)
+    aggregation = resolve_aggregation("on_threads(aggregation)", aggregation)
     programs = _compile(algorithm, aggregation, field, len(devices))
-    return Asynchronous(
-        partial(start, algorithm, len(devices), aggregation, field),
+    return AsyncCluster(
+        partial(init_state, algorithm, len(devices), aggregation, field),
         partial(_run, programs, devices),
         len(devices),
     )
@@ -121,8 +133,9 @@ def throughput(history: History) -> np.ndarray:
       history: from a run of `on_threads`.
 
     Returns:
-      `(K,)` floats: the steps of a worker until its last exchange, by the time of
-      that since the start; K counts the workers up to the last that exchanged.
+      `(K,)` floats: the local steps of a worker up to its last update, divided by the
+      seconds from the start to that update; 0 for a worker without update. K is one
+      more than the highest worker index in the history.
 
     Example:
       >>> import numpy as np
@@ -138,27 +151,31 @@ def throughput(history: History) -> np.ndarray:
 
 
 class _Programs(NamedTuple):
-    """What is compiled; each runs where its arguments are."""
+    """Compiled functions of a worker, run on the device of their arguments."""
 
-    advance: Callable
-    difference: Callable
+    local_steps: Callable
+    compute_update: Callable
     apply: Callable
-    adopt: Callable
+    pull: Callable
 
 
 def _compile(
     algorithm: Algorithm, aggregation: Aggregation, field: str, workers: int
 ) -> _Programs:
-    """Makes the programs."""
+    """Returns the jitted functions."""
 
-    def apply(aggregate: PyTree, moved: PyTree, memory: PyTree, missed: jax.Array):
-        return aggregation.apply(aggregate, moved, memory, Arrival(workers, missed))
+    def apply(aggregate: PyTree, update: PyTree, state: PyTree, staleness: jax.Array):
+        context = UpdateContext(workers, staleness)
+        return aggregation.apply(aggregate, update, state, context)
+
+    def update_of(worker: PyTree, last_read: PyTree) -> PyTree:
+        return compute_update(get_shared_field(worker, field), last_read)
 
     return _Programs(
         jax.jit(lambda worker, batches: jax.lax.scan(algorithm.step, worker, batches)),
-        jax.jit(lambda worker, read: progress(get(worker, field), read)),
+        jax.jit(update_of),
         jax.jit(apply),
-        jax.jit(lambda worker, z, read: adopt(worker, field, z, read)),
+        jax.jit(lambda worker, z, last_read: pull(worker, field, z, last_read)),
     )
 
 
@@ -168,104 +185,119 @@ def _run(
     state: AsyncState,
     batches: Iterable[PyTree],
     *,
-    every: int | Callable | Sequence,
+    schedule: int | Callable | Sequence,
     steps: int | None = None,
-    pause: Callable | None = None,
-    chunk: int = 64,
+    delay_fn: Callable | None = None,
+    max_steps_per_dispatch: int = 64,
 ) -> tuple[AsyncState, History]:
-    """Starts the threads and waits until all have ended."""
-    due = as_schedules("run(every)", every, len(devices))
+    """Starts a thread per worker and joins all of them."""
+    due = resolve_schedules("run(schedule)", schedule, len(devices))
     if steps is not None:
-        steps = whole("run(steps)", steps)
-    chunk = whole("run(chunk)", chunk)
-    work = Work(itertools.islice(batches, steps), len(devices))
-    desk = Desk(programs.apply, state, devices[0])
-    # What jax.enable_x64 sets holds for one thread only.
-    wide = jnp.result_type(float) == np.float64
-
-    def live(k: int) -> tuple[PyTree, PyTree]:
-        with jax.enable_x64(wide):
-            own = jax.tree.map(lambda x: x[k], (state.workers, state.read))
-            thread = _Thread(k, devices[k], programs, work, desk, due[k], chunk, pause)
-            return thread.live(*jax.device_put(own, devices[k]))
-
-    rows = jax.device_put(
-        together(live, work.workers, work.lock, work.stop), devices[0]
+        steps = check_int("run(steps)", "it", steps, 1)
+    max_steps = check_int(
+        "run(max_steps_per_dispatch)", "it", max_steps_per_dispatch, 1
     )
-    workers, read = jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
-    return AsyncState(desk.aggregate, desk.memory, workers, read), desk.history()
+    queue = WorkQueue(itertools.islice(batches, steps), len(devices))
+    server = ParameterServer(programs.apply, state, devices[0])
+    enable_x64 = jnp.result_type(float) == np.float64
+
+    def run(k: int) -> tuple[PyTree, PyTree]:
+        # jax.enable_x64 is thread-local, so the caller's setting is repeated here.
+        with jax.enable_x64(enable_x64):
+            rows = jax.tree.map(lambda x: x[k], (state.workers, state.last_read))
+            loop = _WorkerLoop(
+                k, devices[k], programs, queue, server, due[k], max_steps, delay_fn
+            )
+            return loop.run(*jax.device_put(rows, devices[k]))
+
+    rows = run_threads(run, queue.workers, queue.lock, queue.stop)
+    workers, last_read = jax.tree.map(
+        lambda *leaves: jnp.stack(leaves), *jax.device_put(rows, devices[0])
+    )
+    state = AsyncState(server.aggregate, server.aggregation_state, workers, last_read)
+    return state, server.history()
 
 
-class _Thread(NamedTuple):
-    """One worker's part of a run."""
+class _WorkerLoop(NamedTuple):
+    """Loop of one worker thread."""
 
-    k: int
+    worker: int
     device: Any
     programs: _Programs
-    work: Work
-    desk: Desk
+    queue: WorkQueue
+    server: ParameterServer
     due: Callable
-    chunk: int
-    pause: Callable | None
+    max_steps: int
+    delay_fn: Callable | None
 
-    def live(self, worker: PyTree, read: PyTree) -> tuple[PyTree, PyTree]:
-        """Takes rounds until there is no more work."""
-        done, seen = 0, 0
+    def run(self, worker: PyTree, last_read: PyTree) -> tuple[PyTree, PyTree]:
+        """Alternates local steps and aggregate updates until the queue is empty.
+
+        Args:
+          worker: train state of the worker.
+          last_read: parameters that it last pulled.
+
+        Returns:
+          Both after the last update.
+        """
+        done, version = 0, 0
         while True:
-            began = time.perf_counter()
-            worker, metrics = self.round(worker, done)
+            start = time.perf_counter()
+            worker, metrics = self._local_steps(worker, done)
             if not (steps := sum(count for count, _ in metrics)):
-                return worker, read
+                return worker, last_read
             done += steps
-            if self.pause:
-                self.work.stop.wait(self.pause(self.k, time.perf_counter() - began))
-            moved = self.programs.difference(worker, read)
-            row = {"worker": self.k, "steps": steps} | _means(metrics)
-            aggregate, seen = self.desk.exchange(moved, seen, row)
-            here = jax.device_put(aggregate, self.device)
-            worker, read = self.programs.adopt(worker, here, read)
+            if self.delay_fn:
+                elapsed = time.perf_counter() - start
+                self.queue.stop.wait(self.delay_fn(self.worker, elapsed))
+            update = self.programs.compute_update(worker, last_read)
+            row = {"worker": self.worker, "steps": steps} | _means(metrics)
+            aggregate, version = self.server.push_pull(update, version, row)
+            aggregate = jax.device_put(aggregate, self.device)
+            worker, last_read = self.programs.pull(worker, aggregate, last_read)
 
-    def round(self, worker: PyTree, done: int) -> tuple[PyTree, list]:
-        """Takes local steps until it is time to exchange, or work ends."""
+    def _local_steps(self, worker: PyTree, done: int) -> tuple[PyTree, list]:
+        """Takes local steps up to the next update or the queue end."""
         metrics = []
         while True:
-            parts = self.work.take(self.until_due(done))
-            if not parts:
+            entries = self.queue.get(self._steps_until_due(done))
+            if not entries:
                 return worker, metrics
-            batches = jax.device_put(jax.tree.map(stack, *parts), self.device)
-            worker, measured = self.programs.advance(worker, batches)
-            # A thread that queued rounds ahead would measure only its dispatches.
+            batches = jax.device_put(stack_leaves(*entries), self.device)
+            worker, stacked = self.programs.local_steps(worker, batches)
+            # Without blocking, the thread would time dispatch instead of execution.
             jax.block_until_ready(worker)
-            done += len(parts)
-            metrics.append((len(parts), _numbers(self.k, done, measured)))
+            done += len(entries)
+            named = _collect_metrics(self.worker, done, stacked)
+            metrics.append((len(entries), named))
             if self.due(done):
                 return worker, metrics
 
-    def until_due(self, done: int) -> int:
-        """Returns the steps until the next exchange, at most a chunk."""
-        ahead = range(1, self.chunk + 1)
-        return next((i for i in ahead if self.due(done + i)), self.chunk)
+    def _steps_until_due(self, done: int) -> int:
+        """Returns the steps until the schedule is due, at most `max_steps`."""
+        ahead = range(1, self.max_steps + 1)
+        return next((i for i in ahead if self.due(done + i)), self.max_steps)
 
 
-def _numbers(k: int, done: int, metrics: PyTree) -> dict[str, np.ndarray]:
-    """Returns the metrics that are numbers, (H,) by name; refuses a bad loss."""
+def _collect_metrics(worker: int, done: int, metrics: PyTree) -> dict[str, np.ndarray]:
+    """Returns the scalar metrics by name, each `(H,)`.
+
+    Raises:
+      FloatingPointError: if the metric "loss" is not finite.
+    """
     named = {
-        jax.tree_util.keystr(path, simple=True, separator=".") or "loss": (
-            np.asarray(leaf)
-        )
-        for path, leaf in jax.tree.leaves_with_path(metrics)
-        if leaf.ndim == 1
+        name: np.asarray(leaf) for name, leaf in metrics_by_name(metrics, 1).items()
     }
     if not np.isfinite(named.get("loss", 0.0)).all():
         raise FloatingPointError(
-            f"run(): the loss of worker {k} is not finite within its first {done} "
+            f"run(): the loss of worker {worker} is not finite within its first {done} "
             "local steps"
         )
     return named
 
 
 def _means(metrics: list[tuple[int, dict]]) -> dict[str, float]:
-    """Returns the mean of each metric over a round."""
+    """Averages each metric over the local steps of an update."""
     names = metrics[0][1]
     return {
         name: float(np.concatenate([m[name] for _, m in metrics]).mean())

@@ -1,1 +1,1 @@
-"""What only the command line needs: data sets, their problem, runs, pictures."""
+"""Experiments of the command line: datasets, logistic regression, runs and figures."""

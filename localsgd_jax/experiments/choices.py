@@ -1,4 +1,4 @@
-"""What a word on the command line stands for: optimizers, step sizes, schedules."""
+"""Optimizers and schedules by their command-line names."""
 
 import math
 from collections.abc import Callable
@@ -18,23 +18,24 @@ SCHEDULES = (
     "every",
     "never",
     "post-local:SWITCH",
-    "growing",
-    "quadratic:ALPHA",
-    "at:STEP,STEP,...",
+    "geometric",
+    "qsr:ALPHA",
+    "at-steps:STEP,STEP,...",
 )
-PERIOD = 8
-_WITHOUT_PERIOD = ("never", "at")
+DEFAULT_PERIOD = 8
+_WITHOUT_PERIOD = ("never", "at-steps")
 
 
 def peak_learning_rate(optimizer: str, curvature: float) -> float:
-    """Returns the learning rate to start from if none is given.
+    """Returns the default initial learning rate of an optimizer.
 
     With the curvature L_B of a batch:
 
         η₀ = 6/L_B (sgd),   0.6/L_B (momentum 0.9),   0.05 (adam, adamw)
 
-    Steps beyond 2/L_B pay since the curvature at the minimum is far below the bound
-    L_B. The adaptive optimizers do not see the scale of the gradient.
+    Steps larger than 2/L_B converge faster since the curvature at the minimum is far
+    below the bound L_B. The adaptive optimizers are invariant to the scale of the
+    gradient.
 
     Args:
       optimizer: a name in `OPTIMIZERS`.
@@ -51,8 +52,8 @@ def peak_learning_rate(optimizer: str, curvature: float) -> float:
     return rates.get(optimizer, 0.05)
 
 
-def decay(peak: float, steps: int) -> Callable:
-    """Returns the learning rate η(t) = η₀ (1 − t/T).
+def linear_decay(peak: float, steps: int) -> Callable:
+    """Returns the learning rate schedule η(t) = η₀ (1 − t/T).
 
     Args:
       peak: η₀.
@@ -62,7 +63,7 @@ def decay(peak: float, steps: int) -> Callable:
       An optax schedule.
 
     Example:
-      >>> float(decay(2.0, 4)(1))
+      >>> float(linear_decay(2.0, 4)(1))
       1.5
     """
     return optax.linear_schedule(peak, 0.0, steps)
@@ -71,35 +72,37 @@ def decay(peak: float, steps: int) -> Callable:
 def parse_schedule(
     text: str, period: int | None, learning_rate: Callable
 ) -> lsgd.Schedule:
-    """Makes the schedule that NAME or NAME:ARGUMENT stands for.
+    """Parses NAME or NAME:ARGUMENT into a synchronisation schedule.
 
     Args:
       text: one of `SCHEDULES`.
-      period: H, for those that have one; None means 8.
-      learning_rate: η, for quadratic.
+      period: H of a schedule that has one; None for the default, 8.
+      learning_rate: η(t), for qsr.
 
     Returns:
-      A schedule.
+      The schedule.
 
     Raises:
-      ValueError: for an unknown name, an argument that is missing, superfluous or out
-        of range, or a period where there is none.
+      ValueError: if the name is unknown, the argument is missing, superfluous or out
+        of range, or a period is given for a schedule without one.
 
     Example:
       >>> parse_schedule("post-local:100", 16, lambda t: 0.1)
       post_local(100, 16)
     """
     name, colon, argument = text.partition(":")
-    known = {entry.partition(":")[0]: entry for entry in SCHEDULES}
-    if name not in known:
-        raise ValueError(f"--schedule: one of {', '.join(SCHEDULES)}, got {text!r}")
-    if bool(argument) != (":" in known[name]) or (colon and not argument):
-        raise ValueError(f"--schedule: it must read {known[name]}, got {text!r}")
+    forms = {form.partition(":")[0]: form for form in SCHEDULES}
+    if name not in forms:
+        raise ValueError(
+            f"--schedule must be one of {', '.join(SCHEDULES)}, got {text!r}"
+        )
+    if bool(argument) != (":" in forms[name]) or (colon and not argument):
+        raise ValueError(f"--schedule must have the form {forms[name]}, got {text!r}")
     if period is not None and name in _WITHOUT_PERIOD:
         raise ValueError(f"--period: --schedule {name} has no period, got {period}")
-    h = resolve_period(text, period) or PERIOD
+    h = resolve_period(text, period) or DEFAULT_PERIOD
     try:
-        return _MAKERS[name](argument, h, learning_rate)
+        return _SCHEDULE_FACTORIES[name](argument, h, learning_rate)
     except (ValueError, OverflowError) as error:
         raise ValueError(f"--schedule {text}: {error}") from None
 
@@ -108,33 +111,33 @@ def resolve_period(text: str, period: int | None) -> int | None:
     """Returns the period H of a schedule, or None if it has none.
 
     Args:
-      text: as for `parse_schedule`.
-      period: the one given, if any.
+      text: one of `SCHEDULES`.
+      period: the period given, or None.
 
     Returns:
       H.
 
     Example:
-      >>> resolve_period("every", None), resolve_period("at:3,7", None)
+      >>> resolve_period("every", None), resolve_period("at-steps:3,7", None)
       (8, None)
     """
     if text.partition(":")[0] in _WITHOUT_PERIOD:
         return None
-    return PERIOD if period is None else period
+    return DEFAULT_PERIOD if period is None else period
 
 
-def _quadratic(argument: str, h: int, learning_rate: Callable) -> lsgd.Schedule:
-    """Makes a quadratic schedule; infinite and NaN coefficients are refused."""
+def _qsr(argument: str, h: int, learning_rate: Callable) -> lsgd.Schedule:
+    """Returns a quadratic schedule; raises if alpha is infinite or NaN."""
     if not math.isfinite(alpha := float(argument)):
         raise ValueError(f"ALPHA must be finite, got {alpha}")
-    return lsgd.quadratic(learning_rate, alpha, h)
+    return lsgd.qsr(learning_rate, alpha, h)
 
 
-_MAKERS = {
-    "every": lambda argument, h, learning_rate: lsgd.every(h),
-    "never": lambda argument, h, learning_rate: lsgd.never(),
-    "post-local": lambda argument, h, learning_rate: lsgd.post_local(int(argument), h),
-    "growing": lambda argument, h, learning_rate: lsgd.growing(h),
-    "quadratic": _quadratic,
-    "at": lambda argument, h, learning_rate: lsgd.at(map(int, argument.split(","))),
+_SCHEDULE_FACTORIES = {
+    "every": lambda argument, h, rate: lsgd.every(h),
+    "never": lambda argument, h, rate: lsgd.never(),
+    "post-local": lambda argument, h, rate: lsgd.post_local(int(argument), h),
+    "geometric": lambda argument, h, rate: lsgd.geometric(h),
+    "qsr": _qsr,
+    "at-steps": lambda argument, h, rate: lsgd.at_steps(map(int, argument.split(","))),
 }

@@ -1,4 +1,4 @@
-"""Data sets of two classes: by name, from a file, or out of a dependency's wheel."""
+"""Binary classification datasets: registered downloads, LIBSVM files and digits."""
 
 import os
 from pathlib import Path
@@ -10,22 +10,23 @@ from scipy.sparse import csr_matrix
 
 from localsgd_jax.experiments.libsvm import read_libsvm
 
-SITE = "https://www.csie.ntu.edu.tw/~cjlin/libsvmtools/datasets/binary/"
-KNOWN = {
+BASE_URL = "https://www.csie.ntu.edu.tw/~cjlin/libsvmtools/datasets/binary/"
+REGISTRY = {
     "a9a": "7ba53cccb27e2e525f0fb173e1f446d49856e3fb007eb43be4ec6d0f5b3335ca",
     "w8a": "b464b4f6ce6a5d9e181ffc793e19a04751036273722312398ef7673705014902",
 }
-LARGEST = 4 * 2**30
+MAX_DENSE_BYTES = 4 * 2**30
+_MAX_LABELS_SHOWN = 8
 
 
 class Dataset(NamedTuple):
-    """Examples of two classes.
+    """Examples of a binary classification problem.
 
     Attributes:
-      name: what to call it.
+      name: display name.
       features: float64, sparse, `(n, d)`.
       labels: -1 or +1, float64, `(n,)`.
-      sha256: of the file that it came from, or None.
+      sha256: hash of the source file, or None.
     """
 
     name: str
@@ -35,85 +36,87 @@ class Dataset(NamedTuple):
 
     @property
     def examples(self) -> int:
-        """Returns n."""
+        """Returns the number of examples n."""
         return len(self.labels)
 
     @property
     def dimension(self) -> int:
-        """Returns d."""
+        """Returns the number of features d."""
         return self.features.shape[1]  # pyright: ignore[reportOptionalSubscript]
 
 
 def load(data: str) -> Dataset:
-    """Loads a known data set by its name, or any file in LIBSVM format.
+    """Loads a registered dataset by name, or a file in LIBSVM format.
 
     Args:
-      data: a name in `KNOWN`, which wins over a file of that name (write ./w8a for
-        the file), or a path.
+      data: a name in `REGISTRY`, which takes precedence over a file of that name (write
+        ./w8a for the file), or a path.
 
     Returns:
-      The data set. The smaller label becomes -1, the larger one +1.
+      The dataset. The smaller label becomes -1, the larger one +1.
 
     Raises:
-      ValueError: if it is neither, or the file is not what it must be.
-      OSError: if the file cannot be read or fetched.
+      ValueError: if the file is invalid or too large.
+      OSError: if the file does not exist or cannot be read or downloaded.
     """
-    path = fetch(data) if data in KNOWN else Path(data)
+    path = fetch(data) if data in REGISTRY else Path(data)
     if not path.exists():
         raise FileNotFoundError(
-            f"no file {data!r}, and no data set known by that name; known are: "
-            + ", ".join(KNOWN)
+            f"no file {data!r} and no registered dataset of that name; registered: "
+            + ", ".join(REGISTRY)
         )
     features, labels = read_libsvm(path)
     dataset = Dataset(
-        path.stem, features, two_classes(path, labels), pooch.file_hash(str(path))
+        path.stem, features, to_binary_labels(path, labels), pooch.file_hash(str(path))
     )
     _check_size(path, dataset)
     return dataset
 
 
 def fetch(name: str) -> Path:
-    """Returns the file of a known data set, downloaded once if it must be.
+    """Returns the file of a registered dataset, downloading it if necessary.
 
-    Looks into the directory named by LOCALSGD_DATA, then into the cache, then on the
-    LIBSVM site; everywhere the sha256 must be right.
+    Searches the directory in the environment variable LOCALSGD_DATA, then the cache,
+    then downloads from the LIBSVM site. The sha256 is verified in each case.
 
     Args:
-      name: a name in `KNOWN`.
+      name: a name in `REGISTRY`.
 
     Returns:
       The path of the file.
 
     Raises:
       ValueError: if the file in LOCALSGD_DATA has another sha256.
-      OSError: if the file cannot be downloaded, or not unharmed.
+      OSError: if LOCALSGD_DATA is no directory, the download fails or it has another
+        sha256.
     """
-    if given := os.environ.get("LOCALSGD_DATA"):
-        if not Path(given).is_dir():
-            raise NotADirectoryError(f"LOCALSGD_DATA: no directory {given!r}")
-        if (path := Path(given, name)).exists():
-            return _checked(path, KNOWN[name])
+    if directory := os.environ.get("LOCALSGD_DATA"):
+        if not Path(directory).is_dir():
+            raise NotADirectoryError(f"LOCALSGD_DATA: no directory {directory!r}")
+        if (path := Path(directory, name)).exists():
+            return _verify_sha256(path, REGISTRY[name])
     cache = pooch.os_cache("localsgd_jax")
     pooch.get_logger().setLevel("WARNING")
     try:
-        found = pooch.retrieve(SITE + name, f"sha256:{KNOWN[name]}", name, cache)
+        path = pooch.retrieve(BASE_URL + name, f"sha256:{REGISTRY[name]}", name, cache)
     except (OSError, ValueError) as error:
         raise OSError(
-            f"{SITE}{name} cannot be downloaded ({_reason(error)}); fetch it in "
-            f"another way and put it at {cache / name}, or into a directory that the "
-            f"environment variable LOCALSGD_DATA names; its sha256 is {KNOWN[name]}"
+            f"{BASE_URL}{name} cannot be downloaded ({_root_cause(error)}); fetch it "
+            f"in another way and put it at {cache / name}, or into the directory named "
+            "by the environment variable LOCALSGD_DATA; its sha256 is "
+            f"{REGISTRY[name]}"
         ) from None
-    return Path(found)
+    return Path(path)
 
 
 def digits() -> Dataset:
     """Returns the handwritten digits of scikit-learn, odd against even.
 
-    1797 images of 8 x 8 pixels, each pixel standardised. They are part of the wheel:
-    nothing is downloaded.
+    1797 images of 8 x 8 pixels, each pixel standardised. They are part of the
+    scikit-learn wheel, so nothing is downloaded.
 
     Returns:
-      The data set.
+      The dataset.
 
     Example:
       >>> digits().features.shape
@@ -127,54 +130,54 @@ def digits() -> Dataset:
     return Dataset("digits (odd or even)", features, 2.0 * (numbers % 2) - 1)
 
 
-def two_classes(source: Path | str, labels: np.ndarray) -> np.ndarray:
-    """Turns two labels into -1 and +1, in their order.
+def to_binary_labels(source: Path | str, labels: np.ndarray) -> np.ndarray:
+    """Maps the smaller of two labels to -1 and the larger one to +1.
 
     Args:
-      source: where they come from, for the message.
+      source: prefix of the error message.
       labels: `(n,)`.
 
     Returns:
       -1.0 and +1.0, `(n,)`.
 
     Raises:
-      ValueError: if the labels are not of exactly two classes.
+      ValueError: if there are not exactly two distinct labels.
 
     Example:
-      >>> two_classes("here", np.array([2.0, 1.0, 2.0]))
+      >>> to_binary_labels("data.txt", np.array([2.0, 1.0, 2.0]))
       array([ 1., -1.,  1.])
     """
-    found = np.unique(labels)
-    if len(found) != 2:
-        shown = ", ".join(f"{label:g}" for label in found[:8])
-        more = ", ..." if len(found) > 8 else ""
+    distinct = np.unique(labels)
+    if len(distinct) != 2:
+        shown = ", ".join(f"{label:g}" for label in distinct[:_MAX_LABELS_SHOWN])
+        more = ", ..." if len(distinct) > _MAX_LABELS_SHOWN else ""
         raise ValueError(
-            f"{source}: the labels must be of two classes, got {len(found)}: "
+            f"{source}: the labels must be of two classes, got {len(distinct)}: "
             f"{shown}{more}"
         )
-    return np.where(labels == found[1], 1.0, -1.0)
+    return np.where(labels == distinct[1], 1.0, -1.0)
 
 
-def _checked(path: Path, sha256: str) -> Path:
-    """Returns the path if the file has the right hash."""
-    if (got := pooch.file_hash(str(path))) != sha256:
-        raise ValueError(f"{path}: its sha256 must be {sha256}, got {got}")
+def _verify_sha256(path: Path, sha256: str) -> Path:
+    """Returns the path; raises if the file has another hash."""
+    if (actual := pooch.file_hash(str(path))) != sha256:
+        raise ValueError(f"{path}: sha256 must be {sha256}, got {actual}")
     return path
 
 
 def _check_size(path: Path, dataset: Dataset) -> None:
-    """Refuses what would be too large as a dense matrix."""
-    if (needed := 4 * dataset.examples * dataset.dimension) > LARGEST:
+    """Raises if the dense float32 matrix would be too large."""
+    if (size := 4 * dataset.examples * dataset.dimension) > MAX_DENSE_BYTES:
         raise ValueError(
-            f"{path}: {dataset.examples} examples of {dataset.dimension} features "
-            f"take {needed / 2**30:.1f} GiB as a dense matrix, and at most "
-            f"{LARGEST / 2**30:.0f} GiB are allowed"
+            f"{path}: the dense matrix of {dataset.examples} examples with "
+            f"{dataset.dimension} features must have at most "
+            f"{MAX_DENSE_BYTES / 2**30:.0f} GiB, got {size / 2**30:.1f} GiB"
         )
 
 
-def _reason(error: Exception) -> str:
-    """Returns the innermost reason of an error, in one line."""
+def _root_cause(error: Exception) -> str:
+    """Returns the message of the innermost error, in one line."""
     inner = error.__cause__ or error.__context__
     if isinstance(inner, Exception):
-        return _reason(inner)
+        return _root_cause(inner)
     return " ".join(str(error).split())

@@ -1,28 +1,29 @@
-"""Devices for the workers: the accelerators present, or as many CPU devices."""
+"""Devices of a command-line run."""
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from localsgd_jax import meshes
+import localsgd_jax as lsgd
 
-MOST_CPUS = 8
+MAX_CPU_DEVICES = 8
 
 
-def worker_mesh(workers: int, devices: int | None = None) -> Mesh:
-    """Makes a mesh of devices over which the workers can be spread.
+def make_local_mesh(workers: int, devices: int | None = None) -> Mesh:
+    """Creates a mesh of devices for K workers.
 
-    CPU devices are made on demand, so this comes before anything else of JAX; where
-    JAX runs already, those that it has are used. Several processes use what each was
-    given, as evenly as K allows.
+    Uses the accelerators, or emulated CPU devices if there are none. CPU devices are
+    created on demand, so this must precede all other uses of JAX; if JAX is initialised
+    already, its devices are used. In a job of several processes each process uses the
+    devices that the launcher gave to it, as evenly as K allows.
 
     Args:
       workers: K.
-      devices: how many; None for as many as there are accelerators or, on a CPU, 8,
-        but the largest divisor of K up to there.
+      devices: number of devices; by default the largest divisor of K up to the number
+        of accelerators, or up to 8 CPU devices.
 
     Returns:
-      A mesh with the one axis "worker".
+      A mesh with the single axis "worker".
 
     Raises:
       ValueError: if K is not a multiple of the devices, or there are fewer devices.
@@ -30,42 +31,47 @@ def worker_mesh(workers: int, devices: int | None = None) -> Mesh:
     if jax.distributed.is_initialized():
         if devices is not None:
             raise ValueError(
-                f"--devices: processes have theirs from the launcher, got {devices}"
+                "--devices: the launcher sets the devices of each process, got "
+                f"{devices}"
             )
-        return meshes.worker_mesh(workers)
+        return lsgd.worker_mesh(workers)
     if devices is not None and workers % devices:
         raise ValueError(
             f"--workers must be a multiple of the {devices} devices, got {workers}"
         )
     try:
-        jax.config.update("jax_num_cpu_devices", devices or divisor(workers, MOST_CPUS))
+        jax.config.update(
+            "jax_num_cpu_devices", devices or largest_divisor(workers, MAX_CPU_DEVICES)
+        )
     except RuntimeError:
-        pass  # JAX has started and keeps its devices.
+        pass  # JAX is initialised already and keeps its devices.
     present = jax.devices()
+    platform = present[0].platform
     if devices is None:
-        cpu = present[0].platform == "cpu"
-        most = min(len(present), MOST_CPUS) if cpu else len(present)
-        devices = divisor(workers, most)
+        limit = len(present)
+        if platform == "cpu":
+            limit = min(limit, MAX_CPU_DEVICES)
+        devices = largest_divisor(workers, limit)
     if devices > len(present):
         raise ValueError(
-            f"--devices must be at most {len(present)}, the {present[0].platform} "
-            f"devices present, got {devices}"
+            f"--devices must be at most {len(present)}, the number of {platform} "
+            f"devices, got {devices}"
         )
     return Mesh(np.array(present[:devices]), ("worker",))
 
 
-def divisor(number: int, most: int) -> int:
-    """Returns the largest divisor up to a bound.
+def largest_divisor(number: int, bound: int) -> int:
+    """Returns the largest divisor of a number up to a bound.
 
     Args:
       number: at least 1.
-      most: the bound, at least 1.
+      bound: at least 1.
 
     Returns:
       The divisor.
 
     Example:
-      >>> divisor(12, 8), divisor(16, 8), divisor(7, 4)
+      >>> largest_divisor(12, 8), largest_divisor(16, 8), largest_divisor(7, 4)
       (6, 8, 1)
     """
-    return next(i for i in range(min(number, most), 0, -1) if number % i == 0)
+    return next(i for i in range(min(number, bound), 0, -1) if number % i == 0)

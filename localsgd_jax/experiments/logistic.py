@@ -1,4 +1,4 @@
-"""Logistic regression with an l2 penalty: the loss, f, f* and its curvature."""
+"""Logistic regression with an l2 penalty: loss, objective, optimum and curvature."""
 
 import warnings
 from collections.abc import Callable
@@ -11,24 +11,27 @@ from scipy.special import expit
 
 from localsgd_jax.experiments.datasets import Dataset
 
-_CERTAIN = 1e-14
+MAX_OPTIMALITY_GAP = 1e-14
+_MAX_CHOLESKY_DIMENSION = 4096
+_MAX_POINTS = 64
+_SUM_LENGTH = 16
 
 
 def penalty(dataset: Dataset) -> float:
-    """Returns λ = 1/n."""
+    """Returns the l2 penalty λ = 1/n."""
     return 1 / dataset.examples
 
 
 def loss_fn(dataset: Dataset) -> Callable:
-    """Makes the loss of a batch, for `local_sgd`.
+    """Returns the loss of a batch, for `local_sgd`.
 
         f(x; ξ) = (1/B) Σ log(1 + exp(−yᵢ aᵢᵀx)) + (λ/2) ‖x‖²,   λ = 1/n
 
     Args:
-      dataset: gives n.
+      dataset: the dataset, which defines n.
 
     Returns:
-      `loss(x, (a, y))` with leaves `(B, d)` and `(B,)`.
+      `loss(x, (a, y))` with x `(d,)`, a `(B, d)` and y `(B,)`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -47,7 +50,7 @@ def loss_fn(dataset: Dataset) -> Callable:
     return loss
 
 
-def value(dataset: Dataset, x: np.ndarray) -> float:
+def objective(dataset: Dataset, x: np.ndarray) -> float:
     """Returns f(x) over all examples, in float64 on the host.
 
     Args:
@@ -78,10 +81,10 @@ def gradient(dataset: Dataset, x: np.ndarray) -> np.ndarray:
     return dataset.features.T @ slopes / len(slopes) + penalty(dataset) * x
 
 
-def minimum(dataset: Dataset) -> float:
+def optimal_value(dataset: Dataset) -> float:
     """Returns f* = min f to machine precision, by Newton's method in float64.
 
-    Since f is λ-strongly convex the gradient proves the result:
+    Since f is λ-strongly convex, the gradient bounds the error:
 
         f(x) − f* ≤ ‖∇f(x)‖² / (2λ)
 
@@ -96,27 +99,71 @@ def minimum(dataset: Dataset) -> float:
     """
     from sklearn.linear_model import LogisticRegression
 
-    # One Cholesky factor per step, or where that is too large conjugate gradients.
-    small = dataset.dimension <= 4096
+    # A Cholesky factor per step; conjugate gradients where that would be too large.
+    cholesky = dataset.dimension <= _MAX_CHOLESKY_DIMENSION
     solver = LogisticRegression(
         C=1.0,  # λ = 1/(C n)
         fit_intercept=False,
-        solver="newton-cholesky" if small else "newton-cg",
+        solver="newton-cholesky" if cholesky else "newton-cg",
         tol=1e-14,
         max_iter=1000,
     )
     with warnings.catch_warnings():
-        # At machine precision line searches complain; the bound below decides.
+        # Line searches warn at machine precision; the bound below decides instead.
         warnings.simplefilter("ignore")
         x = solver.fit(dataset.features, dataset.labels).coef_[0]
     slope = gradient(dataset, x)
     error = slope @ slope / (2 * penalty(dataset))
-    if not error <= _CERTAIN:
+    if not error <= MAX_OPTIMALITY_GAP:
         raise ValueError(
-            f"{dataset.name}: f* is known to {error:.1e} only, not to {_CERTAIN:g}; "
-            "rescale the features, best to the range [-1, 1]"
+            f"{dataset.name}: the error of f* must be at most {MAX_OPTIMALITY_GAP:g}, "
+            f"got {error:.1e}; rescale the features, best to [-1, 1]"
         )
-    return value(dataset, x)
+    return objective(dataset, x)
+
+
+def suboptimality_fn(dataset: Dataset, minimum: float) -> Callable:
+    """Returns a function that evaluates f − f* of many points on the device.
+
+    Duplicate examples are merged into one with a weight, which is exact. Losses are
+    computed in float32 and summed in float64; the error is about 1e-6.
+
+    Args:
+      dataset: the examples.
+      minimum: f*.
+
+    Returns:
+      A function from points `(m, d)` to f − f* `(m,)`, infinite where f is not finite.
+    """
+    signed, weights = _distinct_examples(dataset)
+    l2 = penalty(dataset)
+
+    @jax.jit
+    def partial_sums(
+        signed: jax.Array, weights: jax.Array, points: jax.Array
+    ) -> jax.Array:
+        margins = signed @ points.T
+        # log(1 + exp(−m)) without overflow, and cheaper than logaddexp.
+        losses = jnp.log1p(jnp.exp(-jnp.abs(margins))) - jnp.minimum(margins, 0)
+        blocks = (weights[:, None] * losses).reshape(-1, _SUM_LENGTH, len(points))
+        return blocks.sum(axis=1)
+
+    def evaluate_block(points: np.ndarray) -> np.ndarray:
+        sums = partial_sums(signed, weights, _pad_to_power_of_two(points))
+        fit = np.asarray(sums, np.float64).sum(axis=0)[: len(points)]
+        wide = points.astype(np.float64)
+        return fit + l2 / 2 * np.sum(wide * wide, axis=1) - minimum
+
+    def suboptimality(points: np.ndarray) -> np.ndarray:
+        with np.errstate(over="ignore", invalid="ignore"):
+            blocks = [
+                evaluate_block(points[i : i + _MAX_POINTS])
+                for i in range(0, len(points), _MAX_POINTS)
+            ]
+        errors = np.concatenate(blocks)
+        return np.where(np.isfinite(errors), errors, np.inf)
+
+    return suboptimality
 
 
 def batch_curvature(dataset: Dataset, batch: int) -> float:
@@ -124,7 +171,7 @@ def batch_curvature(dataset: Dataset, batch: int) -> float:
 
         L_B = λ + (1 − 1/B) λmax(AᵀA)/(4n) + (1/B) Σ ‖aᵢ‖²/(4n)
 
-    From B = 1, where every example pulls alone, it falls to the smoothness of f.
+    It decreases from the mean squared norm at B = 1 to the smoothness of f.
 
     Args:
       dataset: the examples aᵢ, rows of A.
@@ -135,16 +182,36 @@ def batch_curvature(dataset: Dataset, batch: int) -> float:
 
     References:
       Ma, Bassily, Belkin, The Power of Interpolation, 2018, on the step size for
-      least squares, with the largest ‖aᵢ‖² for the mean. arXiv:1712.06559
+      least squares, with the largest ‖aᵢ‖² instead of the mean. arXiv:1712.06559
     """
     features = dataset.features
     rows = linalg.norm(features) ** 2
-    short = min(dataset.examples, dataset.dimension)
-    if short == 1:
+    rank = min(dataset.examples, dataset.dimension)
+    if rank == 1:
         top = rows
     else:
-        start = np.random.default_rng(0).normal(size=short)
+        start = np.random.default_rng(0).normal(size=rank)
         _, singular, _ = linalg.svds(features, k=1, v0=start)
         top = singular[0] ** 2
-    mix = (1 - 1 / batch) * top + rows / batch
-    return penalty(dataset) + float(mix) / (4 * dataset.examples)
+    mixture = (1 - 1 / batch) * top + rows / batch
+    return penalty(dataset) + float(mixture) / (4 * dataset.examples)
+
+
+def _distinct_examples(dataset: Dataset) -> tuple[jax.Array, jax.Array]:
+    """Returns the distinct yᵢaᵢ and the fraction of the examples equal to each."""
+    dense = dataset.features.astype(np.float32).toarray()
+    signed = np.ascontiguousarray(dense * dataset.labels[:, None].astype(np.float32))
+    signed += 0.0  # Minus zero and zero are equal, but their bytes differ.
+    as_bytes = signed.view(np.dtype((np.void, signed[0].nbytes)))[:, 0]
+    _, first, count = np.unique(as_bytes, return_index=True, return_counts=True)
+    weights = (count / len(signed)).astype(np.float32)
+    # Padding for sums of 16: a long float32 sum of equal numbers loses two digits.
+    padding = -len(first) % _SUM_LENGTH
+    signed = np.pad(signed[first], ((0, padding), (0, 0)))
+    return jnp.asarray(signed), jnp.asarray(np.pad(weights, (0, padding)))
+
+
+def _pad_to_power_of_two(points: np.ndarray) -> np.ndarray:
+    """Pads to a power of two points, which bounds the number of compilations."""
+    size = 1 << (len(points) - 1).bit_length()
+    return np.pad(points, ((0, size - len(points)), (0, 0)))

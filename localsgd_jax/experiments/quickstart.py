@@ -1,4 +1,4 @@
-"""The trade-off of Local SGD in a minute: fewer rounds against a larger f − f*."""
+"""Sweep over the period H on handwritten digits (`localsgd quickstart`)."""
 
 import time
 from collections.abc import Callable
@@ -6,22 +6,22 @@ from pathlib import Path
 from typing import NamedTuple
 
 import localsgd_jax as lsgd
-from localsgd_jax.experiments import choices, datasets, devices, figures, logistic
-from localsgd_jax.experiments.run import Plan, Problem, run
+from localsgd_jax.experiments import choices, datasets, devices, logistic, plotting
+from localsgd_jax.experiments.run import Problem, RunConfig, run
 
 WORKERS, BATCH, SEED = 8, 4, 0
 PERIODS = (1, 4, 16, 64, None)
 
 
 class Outcome(NamedTuple):
-    """What one period led to.
+    """Result of one period.
 
     Attributes:
       period: H, or None for one-shot averaging.
-      rounds: of communication.
-      megabytes: sent by each worker.
-      suboptimality: f − f* in the end.
-      seconds: wall time, compilation included.
+      rounds: number of communication rounds.
+      megabytes: megabytes sent by each worker.
+      suboptimality: final f − f*.
+      seconds: wall time, including compilation.
     """
 
     period: int | None
@@ -31,50 +31,47 @@ class Outcome(NamedTuple):
     seconds: float
 
 
-def check_place(figure: Path) -> None:
-    """Refuses a path to which no file can be written.
-
-    Args:
-      figure: of the PNG.
-
-    Raises:
-      OSError: if its directory is missing, or it is a directory itself.
-    """
+def check_writable(figure: Path) -> None:
+    """Raises OSError if the directory of the figure is missing, or it is one itself."""
     if not figure.parent.is_dir():
         raise NotADirectoryError(f"--figure: no directory {str(figure.parent)!r}")
     if figure.is_dir():
         raise IsADirectoryError(f"--figure: {str(figure)!r} is a directory")
 
 
-def sweep(figure: Path, steps: int, advance: Callable) -> dict:
+def sweep(figure: Path, steps: int, on_step: Callable) -> dict:
     """Trains with every period at an equal number of gradient evaluations.
 
     Args:
-      figure: where the PNG goes.
+      figure: path of the PNG to write.
       steps: T, local steps of each worker.
-      advance: called without arguments for each step that is loaded.
+      on_step: called without arguments for each step that is loaded.
 
     Returns:
-      What `--json` prints; the outcomes are under "runs".
+      The output of `--json`: the setup, and a dict per period under "runs".
 
     Raises:
-      OSError: if the picture cannot be written.
+      OSError: if the figure cannot be written.
     """
     start = time.perf_counter()
     dataset = datasets.digits()
-    problem = Problem(dataset, logistic.minimum(dataset))
-    mesh = devices.worker_mesh(WORKERS)
+    problem = Problem(dataset, logistic.optimal_value(dataset))
+    mesh = devices.make_local_mesh(WORKERS)
     rate = choices.peak_learning_rate("sgd", logistic.batch_curvature(dataset, BATCH))
-    optimizer = choices.OPTIMIZERS["sgd"](choices.decay(rate, steps))
-    outcomes, curves = [], {}
+    optimizer = choices.OPTIMIZERS["sgd"](choices.linear_decay(rate, steps))
+    config = RunConfig(mesh, WORKERS, lsgd.never(), optimizer, BATCH, steps, SEED)
+    outcomes, histories = [], {}
     for period in PERIODS:
         schedule = lsgd.every(period) if period else lsgd.never()
-        plan = Plan(mesh, WORKERS, schedule, optimizer, BATCH, steps, SEED)
-        outcome, rows = _timed(problem, plan, period, advance)
+        outcome, rows = _timed_run(
+            problem, config._replace(schedule=schedule), period, on_step
+        )
         outcomes.append(outcome._asdict())
-        curves[f"H = {period}" if period else "one-shot"] = rows
-    figures.convergence(curves, figure, f"Local SGD on {dataset.name}, K = {WORKERS}")
-    return _described(problem, plan) | {
+        histories[f"H = {period}" if period else "one-shot"] = rows
+    plotting.plot_convergence(
+        histories, figure, f"Local SGD on {dataset.name}, K = {WORKERS}"
+    )
+    return _metadata(problem, config) | {
         "learning_rate": rate,
         "runs": outcomes,
         "figure": str(figure),
@@ -82,15 +79,8 @@ def sweep(figure: Path, steps: int, advance: Callable) -> dict:
     }
 
 
-def table(result: dict) -> str:
-    """Lays out the result of `sweep` for people.
-
-    Args:
-      result: from `sweep`.
-
-    Returns:
-      A few lines.
-    """
+def format_table(result: dict) -> str:
+    """Formats the result of `sweep` as a text table."""
     lines = [
         f"l2-regularised logistic regression on {result['data']}: "
         f"{result['examples']} examples, {result['features']} features",
@@ -101,37 +91,37 @@ def table(result: dict) -> str:
         f"{'period':>8}{'rounds':>9}{'MB sent/worker':>17}{'f - f*':>12}"
         f"{'seconds':>10}",
     ]
-    for row in map(lambda run: Outcome(**run), result["runs"]):
+    for row in (Outcome(**fields) for fields in result["runs"]):
         lines.append(
             f"{row.period or 'one-shot':>8}{row.rounds:>9}{row.megabytes:>17.4f}"
             f"{row.suboptimality:>12.2e}{row.seconds:>10.1f}"
         )
-    lines += ["", f"picture: {result['figure']} ({result['seconds']:.0f} s in all)"]
+    lines += ["", f"figure: {result['figure']} (total {result['seconds']:.0f} s)"]
     return "\n".join(lines)
 
 
-def _described(problem: Problem, plan: Plan) -> dict:
-    """Returns what all runs have in common."""
+def _metadata(problem: Problem, config: RunConfig) -> dict:
+    """Returns the setup that all runs have in common."""
     return {
         "data": problem.dataset.name,
         "examples": problem.dataset.examples,
         "features": problem.dataset.dimension,
         "f_star": problem.minimum,
-        "workers": plan.workers,
-        "devices": plan.mesh.size,
-        "platform": plan.mesh.devices.flat[0].platform,
-        "batch": plan.batch,
-        "steps": plan.steps,
-        "gradients": plan.steps * plan.workers * plan.batch,
+        "workers": config.workers,
+        "devices": config.mesh.size,
+        "platform": config.mesh.devices.flat[0].platform,
+        "batch": config.batch,
+        "steps": config.steps,
+        "gradients": config.steps * config.workers * config.batch,
     }
 
 
-def _timed(
-    problem: Problem, plan: Plan, period: int | None, advance: Callable
+def _timed_run(
+    problem: Problem, config: RunConfig, period: int | None, on_step: Callable
 ) -> tuple[Outcome, list[dict]]:
     """Runs once; returns the outcome and the rows of the history."""
     rows, start = [], time.perf_counter()
-    run(problem, plan, rows.append, advance)
+    run(problem, config, rows.append, on_step)
     seconds, last = time.perf_counter() - start, rows[-1]
     megabytes = last["bytes"] / 1e6
     outcome = Outcome(period, last["round"], megabytes, last["suboptimality"], seconds)

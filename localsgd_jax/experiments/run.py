@@ -1,4 +1,4 @@
-"""One run of Local SGD on a logistic regression, watched by f − f*."""
+"""One run of local SGD on logistic regression, with its suboptimality."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -14,11 +14,11 @@ import localsgd_jax as lsgd
 from localsgd_jax.experiments import logistic
 from localsgd_jax.experiments.datasets import Dataset
 
-LOOKS = 100
+NUM_EVALUATIONS = 100
 
 
 class Problem(NamedTuple):
-    """What is minimised.
+    """A logistic regression problem and its optimal value.
 
     Attributes:
       dataset: the examples.
@@ -29,17 +29,17 @@ class Problem(NamedTuple):
     minimum: float
 
 
-class Plan(NamedTuple):
-    """How it is minimised.
+class RunConfig(NamedTuple):
+    """Configuration of a run.
 
     Attributes:
-      mesh: the devices.
+      mesh: devices of the workers.
       workers: K.
-      schedule: when workers agree.
-      optimizer: each worker's own.
-      batch: B.
-      steps: T.
-      seed: of the shuffles.
+      schedule: synchronisation schedule.
+      optimizer: inner optimizer of each worker.
+      batch: B, examples per worker and step.
+      steps: T, local steps of each worker.
+      seed: seed of the shuffles.
     """
 
     mesh: Mesh
@@ -52,66 +52,70 @@ class Plan(NamedTuple):
 
 
 def run(
-    problem: Problem, plan: Plan, record: Callable, advance: Callable
+    problem: Problem, config: RunConfig, on_row: Callable, on_step: Callable
 ) -> np.ndarray:
-    """Trains from x = 0 and reports every round.
+    """Trains from x = 0 and reports a history row per round.
 
     Args:
-      problem: what is minimised.
-      plan: how.
-      record: called with a dict for the start and for each round: what `train` records,
-        "gradients", the evaluations by all workers so far, and now and then
-        "suboptimality", f(x̄) − f*.
-      advance: called without arguments for each step that is loaded.
+      problem: the problem.
+      config: the configuration.
+      on_row: called with a dict for the initial state and for each round: the columns
+        of `train`, "gradients", the number of gradient evaluations of all workers so
+        far, and at most 100 times "suboptimality", f(x̄) − f*.
+      on_step: called without arguments for each step that is loaded.
 
     Returns:
-      The averaged x̄ in the end, `(d,)`.
+      The final mean x̄, `(d,)`.
 
     Raises:
-      NonFiniteLossError: as `train`, also if the last step spoils the parameters.
+      NonFiniteLossError: as `train`, and if the final parameters are not finite.
     """
     dataset = problem.dataset
     algorithm = lsgd.local_sgd(
-        logistic.loss_fn(dataset), plan.optimizer, rule=lsgd.average()
+        logistic.loss_fn(dataset), config.optimizer, rule=lsgd.average()
     )
-    cluster = lsgd.on_mesh(algorithm, plan.mesh, workers=plan.workers)
+    cluster = lsgd.on_mesh(algorithm, config.mesh, workers=config.workers)
 
-    def suboptimality(x: jax.Array | np.ndarray) -> float:
-        return logistic.value(dataset, np.asarray(x)) - problem.minimum
+    def suboptimality(x: jax.Array | np.ndarray) -> dict:
+        error = logistic.objective(dataset, np.asarray(x)) - problem.minimum
+        return {"suboptimality": error}
 
     def report(row: dict) -> None:
-        record(row | {"gradients": row["step"] * plan.workers * plan.batch})
+        on_row(row | {"gradients": row["step"] * config.workers * config.batch})
 
-    start = {"step": 0, "round": 0, "bytes": 0, "seconds": 0.0}
-    report(start | {"suboptimality": suboptimality(np.zeros(dataset.dimension))})
+    initial = {"step": 0, "round": 0, "bytes": 0, "seconds": 0.0}
+    report(initial | suboptimality(np.zeros(dataset.dimension)))
+    rounds = len(config.schedule.steps(config.steps))
     state, history = lsgd.train(
         cluster,
         cluster.init(jnp.zeros(dataset.dimension)),
-        _counted(_batches(dataset, plan), plan.steps, advance),
-        every=plan.schedule,
-        evaluate=lambda x: {"suboptimality": suboptimality(x)},
-        evaluate_every=math.ceil(len(plan.schedule.steps(plan.steps)) / LOOKS) or 1,
-        record=report,
+        _count_steps(_batches(dataset, config), config.steps, on_step),
+        schedule=config.schedule,
+        evaluate=suboptimality,
+        evaluate_every=math.ceil(rounds / NUM_EVALUATIONS) or 1,
+        on_round_end=report,
         progress=False,
     )
     x = np.asarray(lsgd.consensus(state))
     if not np.isfinite(x).all():
-        everyone = list(range(plan.workers))
-        raise lsgd.NonFiniteLossError(plan.steps, everyone, history, state)
+        workers = list(range(config.workers))
+        raise lsgd.NonFiniteLossError(config.steps, workers, history, state)
     return x
 
 
-def _batches(dataset: Dataset, plan: Plan) -> Iterator:
-    """Deals the examples in float32."""
+def _batches(dataset: Dataset, config: RunConfig) -> Iterator:
+    """Returns shuffled batches of float32 examples."""
     examples = (
         dataset.features.astype(np.float32).toarray(),
         dataset.labels.astype(np.float32),
     )
-    return lsgd.deal(examples, plan.workers, plan.batch, seed=plan.seed)
+    return lsgd.shuffled_batches(
+        examples, config.workers, config.batch, seed=config.seed
+    )
 
 
-def _counted(batches: Iterable, steps: int, advance: Callable) -> Iterator:
-    """Yields so many batches and reports each."""
+def _count_steps(batches: Iterable, steps: int, on_step: Callable) -> Iterator:
+    """Yields `steps` batches and calls `on_step` before each."""
     for _, batch in zip(range(steps), batches, strict=False):
-        advance()
+        on_step()
         yield batch

@@ -1,4 +1,4 @@
-"""The directory of a run: config.json, history.jsonl, params.npz, figure.png."""
+"""Output directory of a run: config.json, history.jsonl, params.npz, figure.png."""
 
 import json
 import math
@@ -8,33 +8,22 @@ from pathlib import Path
 
 import numpy as np
 
-from localsgd_jax.distributed import version
+from localsgd_jax.distributed.environment import package_version
 
 PACKAGES = ("localsgd-jax", "jax", "jaxlib", "optax", "numpy", "scikit-learn")
 
 
-def refuse_existing(path: Path) -> None:
-    """Refuses to write into what is there already.
-
-    Args:
-      path: of the run directory to be.
-
-    Raises:
-      FileExistsError: if there is a file or directory.
-    """
+def check_not_exists(path: Path) -> None:
+    """Raises FileExistsError if the output directory exists."""
     if path.exists():
         raise FileExistsError(f"--out: {path} exists already")
 
 
 def create(path: Path, config: Mapping) -> None:
-    """Creates the directory and writes config.json.
+    """Creates the directory with its parents and writes config.json.
 
-    Args:
-      path: of the directory; parents are made too.
-      config: what repeats the run, written together with the versions in use.
-
-    Raises:
-      OSError: if it exists or cannot be made.
+    The package versions are added to the configuration, from which the run can be
+    repeated. Raises an OSError if the directory exists or cannot be created.
     """
     path.mkdir(parents=True)
     text = json.dumps({**config, "versions": versions()}, indent=2)
@@ -42,11 +31,9 @@ def create(path: Path, config: Mapping) -> None:
 
 
 def append(path: Path, row: Mapping[str, float]) -> None:
-    """Adds a row to history.jsonl, closed at once so that nothing is lost later.
+    """Appends a row to history.jsonl; a value that is not finite becomes null.
 
-    Args:
-      path: of the directory.
-      row: numbers by name; what is not finite becomes null.
+    The file is closed after each row, so an interruption loses no earlier row.
     """
     finite = {
         name: number if math.isfinite(number) else None for name, number in row.items()
@@ -56,21 +43,12 @@ def append(path: Path, row: Mapping[str, float]) -> None:
 
 
 def save_params(path: Path, x: np.ndarray) -> None:
-    """Writes params.npz with the one array "x".
-
-    Args:
-      path: of the directory.
-      x: `(d,)`.
-    """
+    """Writes params.npz with the array "x", `(d,)`."""
     np.savez(path / "params.npz", x=x)
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions that a run depends on.
-
-    Returns:
-      Versions by package, and that of Python.
-    """
+    """Returns the versions of Python and of the packages in use, by name."""
     return {"python": platform.python_version()} | {
-        package: version(package) for package in PACKAGES
+        package: package_version(package) for package in PACKAGES
     }

@@ -1,4 +1,4 @@
-"""One run on the user's data, kept in a directory of its own."""
+"""One run on a dataset of the user, saved in a directory (`localsgd train`)."""
 
 import time
 from collections.abc import Callable
@@ -7,33 +7,33 @@ from typing import NamedTuple
 
 import jax
 
-from localsgd_jax import distributed
+import localsgd_jax as lsgd
 from localsgd_jax.experiments import (
     choices,
     datasets,
     devices,
-    figures,
     logistic,
+    plotting,
     run_directory,
 )
-from localsgd_jax.experiments.run import Plan, Problem, run
+from localsgd_jax.experiments.run import Problem, RunConfig, run
 
 
-class Options(NamedTuple):
-    """What the user asked for; None where the default depends on the rest.
+class TrainOptions(NamedTuple):
+    """Options of `localsgd train`; None selects a default that depends on the data.
 
     Attributes:
-      data: name or path.
+      data: name or path of the dataset.
       workers: K.
       period: H.
       schedule: NAME or NAME:ARGUMENT.
-      batch: B.
-      steps: T.
-      optimizer: its name.
+      batch: B, examples per worker and step.
+      steps: T, local steps of each worker.
+      optimizer: name of the inner optimizer.
       learning_rate: η₀.
-      seed: of the shuffles.
-      devices: how many.
-      out: the run directory.
+      seed: seed of the shuffles.
+      devices: number of devices.
+      out: path of the run directory.
     """
 
     data: str
@@ -49,114 +49,106 @@ class Options(NamedTuple):
     out: str | None
 
 
-class Job(NamedTuple):
-    """A run that passed all checks.
+class PreparedRun(NamedTuple):
+    """A validated run.
 
     Attributes:
-      problem: what is minimised.
-      plan: how.
-      config: what repeats it.
-      directory: where it goes.
+      problem: the problem.
+      config: the configuration of the run.
+      settings: contents of config.json, from which the run can be repeated.
+      directory: the output directory.
     """
 
     problem: Problem
-    plan: Plan
-    config: dict
+    config: RunConfig
+    settings: dict
     directory: Path
 
 
-def prepare(options: Options) -> Job:
-    """Checks all that can be checked, and writes nothing.
+def prepare(options: TrainOptions) -> PreparedRun:
+    """Validates the options and loads the data, without writing anything.
 
     Args:
-      options: what the user asked for.
+      options: the options.
 
     Returns:
-      What `execute` does.
+      The run, for `run_prepared`.
 
     Raises:
-      ValueError: if something does not fit.
-      OSError: if the data cannot be had, or the directory exists.
-      JobError: if it runs in several processes that do not fit together.
+      ValueError: if options or data are invalid.
+      OSError: if the data cannot be read, or the output directory exists.
+      CoordinationError: if the processes of a job have different options.
     """
     if options.out is not None:
-        run_directory.refuse_existing(Path(options.out))
-    distributed.initialize(config=options._asdict())
-    mesh = devices.worker_mesh(options.workers, options.devices)
+        run_directory.check_not_exists(Path(options.out))
+    lsgd.initialize(config=options._asdict())
+    mesh = devices.make_local_mesh(options.workers, options.devices)
     dataset = datasets.load(options.data)
     _check_batch(dataset, options)
     curvature = logistic.batch_curvature(dataset, options.batch)
     peak = options.learning_rate or choices.peak_learning_rate(
         options.optimizer, curvature
     )
-    rate = choices.decay(peak, options.steps)
-    schedule = choices.parse_schedule(options.schedule, options.period, rate)
-    problem = Problem(dataset, logistic.minimum(dataset))
-    optimizer = choices.OPTIMIZERS[options.optimizer](rate)
-    directory = Path(options.out or f"{dataset.name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    plan = Plan(
+    rate = choices.linear_decay(peak, options.steps)
+    config = RunConfig(
         mesh,
         options.workers,
-        schedule,
-        optimizer,
+        choices.parse_schedule(options.schedule, options.period, rate),
+        choices.OPTIMIZERS[options.optimizer](rate),
         options.batch,
         options.steps,
         options.seed,
     )
-    config = _resolved(options, problem, plan, peak) | {"out": str(directory)}
-    return Job(problem, plan, config, directory)
+    problem = Problem(dataset, logistic.optimal_value(dataset))
+    directory = Path(options.out or f"{dataset.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    settings = _settings(options, problem, config, peak) | {"out": str(directory)}
+    return PreparedRun(problem, config, settings, directory)
 
 
-def execute(job: Job, advance: Callable) -> dict | None:
-    """Trains and fills the directory, once where there are several processes.
+def run_prepared(prepared: PreparedRun, on_step: Callable) -> dict | None:
+    """Trains and writes the run directory; in a job only process 0 writes.
 
     Args:
-      job: from `prepare`.
-      advance: called without arguments for each step that is loaded.
+      prepared: the result of `prepare`.
+      on_step: called without arguments for each step that is loaded.
 
     Returns:
-      What `--json` prints: the config and the last row of the history; None in all
-      processes but the first.
+      The output of `--json`: the settings under "config" and the last row of the
+      history under "final"; None in all processes but process 0.
 
     Raises:
       NonFiniteLossError: if a loss is not finite; the history so far is saved.
-      OSError: if something cannot be written.
+      OSError: if a file cannot be written.
     """
+    problem, config, settings, directory = prepared
     if jax.process_index() != 0:
-        run(job.problem, job.plan, lambda row: None, advance)
+        run(problem, config, lambda row: None, on_step)
         return None
-    run_directory.create(job.directory, job.config)
+    run_directory.create(directory, settings)
     rows = []
 
     def record(row: dict) -> None:
         rows.append(row)
-        run_directory.append(job.directory, row)
+        run_directory.append(directory, row)
 
-    x = run(job.problem, job.plan, record, advance)
-    run_directory.save_params(job.directory, x)
-    title = f"{job.problem.dataset.name}, K = {job.plan.workers}"
-    figures.convergence(
-        {repr(job.plan.schedule): rows}, job.directory / "figure.png", title
+    x = run(problem, config, record, on_step)
+    run_directory.save_params(directory, x)
+    plotting.plot_convergence(
+        {repr(config.schedule): rows},
+        directory / "figure.png",
+        f"{problem.dataset.name}, K = {config.workers}",
     )
-    return {"config": job.config, "final": rows[-1]}
+    return {"config": settings, "final": rows[-1]}
 
 
-def summary(result: dict) -> str:
-    """Lays out the result of `execute` for people.
-
-    Args:
-      result: from `execute`.
-
-    Returns:
-      A few lines.
-    """
+def format_summary(result: dict) -> str:
+    """Formats the result of `run_prepared` as text."""
     config, final = result["config"], result["final"]
     return (
         f"{config['data']}: {config['examples']} examples, {config['features']} "
         f"features; {config['workers']} workers on {config['devices']} "
         f"{config['platform']} devices\n"
-        f"{final['step']} steps and {final['round']} rounds of "
-        f"communication, "
+        f"{final['step']} steps and {final['round']} rounds of communication, "
         f"{final['bytes'] / 1e6:.4g} MB sent by each worker, "
         f"{final['seconds']:.1f} s\n"
         f"f - f* = {final['suboptimality']:.4g}, f* = {config['f_star']:.15f}\n"
@@ -164,16 +156,18 @@ def summary(result: dict) -> str:
     )
 
 
-def _resolved(options: Options, problem: Problem, plan: Plan, peak: float) -> dict:
-    """Returns the options with their defaults filled in, and what they led to."""
-    known = options.data in datasets.KNOWN
+def _settings(
+    options: TrainOptions, problem: Problem, config: RunConfig, peak: float
+) -> dict:
+    """Returns the options with their defaults filled in, and derived values."""
+    registered = options.data in datasets.REGISTRY
     return options._asdict() | {
-        "data": options.data if known else str(Path(options.data).resolve()),
+        "data": options.data if registered else str(Path(options.data).resolve()),
         "period": choices.resolve_period(options.schedule, options.period),
         "learning_rate": peak,
-        "devices": plan.mesh.size,
-        "platform": plan.mesh.devices.flat[0].platform,
-        "synchronises": repr(plan.schedule),
+        "devices": config.mesh.size,
+        "platform": config.mesh.devices.flat[0].platform,
+        "synchronises": repr(config.schedule),
         "examples": problem.dataset.examples,
         "features": problem.dataset.dimension,
         "sha256": problem.dataset.sha256,
@@ -182,8 +176,8 @@ def _resolved(options: Options, problem: Problem, plan: Plan, peak: float) -> di
     }
 
 
-def _check_batch(dataset: datasets.Dataset, options: Options) -> None:
-    """Refuses batches larger than a worker's shard."""
+def _check_batch(dataset: datasets.Dataset, options: TrainOptions) -> None:
+    """Raises if a batch is larger than the shard of a worker."""
     count = dataset.examples
     if options.workers > count:
         raise ValueError(

@@ -1,56 +1,58 @@
-"""How workers agree, one family of rules per file."""
+"""Synchronisation rules, one family per module."""
 
-from localsgd_jax.rules.combine import chain, keep, when
-from localsgd_jax.rules.compression import cast, quantize, signs, topk
-from localsgd_jax.rules.elastic_averaging import elastic, mix
-from localsgd_jax.rules.mean import average
-from localsgd_jax.rules.moments import floats, reset
-from localsgd_jax.rules.neighbours import gossip
+from localsgd_jax.rules.averaging import average
+from localsgd_jax.rules.batch_statistics import merge_batch_stats, recompute_batch_stats
+from localsgd_jax.rules.combinators import chain, identity, when
+from localsgd_jax.rules.compression import cast, quantize, scaled_sign, top_k
+from localsgd_jax.rules.decentralized import gossip
+from localsgd_jax.rules.delayed import delay, overlap
+from localsgd_jax.rules.diagnostics import with_diagnostics
+from localsgd_jax.rules.elastic_averaging import elastic_average, interpolate
+from localsgd_jax.rules.flattening import flatten
+from localsgd_jax.rules.moving_average import ema
+from localsgd_jax.rules.optimizer_state import floating_only, reset_to_init
 from localsgd_jax.rules.outer_optimizer import (
     diloco,
     fedadam,
     fedavgm,
     lookahead,
     outer,
-    shard,
     slowmo,
 )
-from localsgd_jax.rules.overlapping import delay, overlap
-from localsgd_jax.rules.robust import guard, median, trimmed_mean
-from localsgd_jax.rules.smoothing import ema
-from localsgd_jax.rules.statistics import batch_statistics, reestimate
+from localsgd_jax.rules.robust import drop_outliers, median, trimmed_mean
+from localsgd_jax.rules.sharded import shard_state
 from localsgd_jax.rules.streaming import fragment
-from localsgd_jax.rules.vectors import flatten
 
 __all__ = [
     "average",
-    "batch_statistics",
     "cast",
     "chain",
     "delay",
     "diloco",
-    "elastic",
+    "drop_outliers",
+    "elastic_average",
     "ema",
     "fedadam",
     "fedavgm",
     "flatten",
-    "floats",
+    "floating_only",
     "fragment",
     "gossip",
-    "guard",
-    "keep",
+    "identity",
+    "interpolate",
     "lookahead",
     "median",
-    "mix",
+    "merge_batch_stats",
     "outer",
     "overlap",
     "quantize",
-    "reestimate",
-    "reset",
-    "shard",
-    "signs",
+    "recompute_batch_stats",
+    "reset_to_init",
+    "scaled_sign",
+    "shard_state",
     "slowmo",
-    "topk",
+    "top_k",
     "trimmed_mean",
     "when",
+    "with_diagnostics",
 ]

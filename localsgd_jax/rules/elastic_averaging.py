@@ -1,80 +1,83 @@
-"""Agreement by halves: workers drawn towards a centre or towards what a rule says."""
+"""Elastic averaging (EASGD) and interpolation between workers and a rule's result."""
 
 import jax
+from optax.tree_utils import tree_cast_like
 
-from localsgd_jax import collectives
-from localsgd_jax.base import Context, PyTree, RuleState, SyncRule
-from localsgd_jax.rules.combine import check_rule
-from localsgd_jax.rules.mean import check_has_mean
-from localsgd_jax.trees import choose, narrow, widen
+from localsgd_jax.core import collectives
+from localsgd_jax.core.call_names import call_name
+from localsgd_jax.core.pytrees import promote, where
+from localsgd_jax.core.types import PyTree, RuleState, SyncContext, SyncRule
+from localsgd_jax.core.validation import check_rule, check_unit_interval
+from localsgd_jax.rules.averaging import check_inexact
 
 
-def elastic(alpha: float = 0.1, beta: float = 0.9) -> SyncRule:
-    """EASGD: workers and a centre pull at each other.
+def elastic_average(alpha: float = 0.1, beta: float = 0.9) -> SyncRule:
+    """EASGD: moves workers and a shared centre towards each other.
 
     From the values before, with the mean over workers x̄ = Σₖ wₖ xₖ / Σₖ wₖ:
 
         xₖ ← xₖ − α (xₖ − z)
         z ← z + β (x̄ − z)
 
-    The centre z is one agreed copy, in float32 at least; the paper has β = Kα. A worker
-    of weight 0 is left out of x̄ and goes on from z. If nobody takes part nothing
-    changes. α = β = 1 exchanges centre and workers; it is no average.
+    The centre z is shared state, in float32 or wider; the paper has β = Kα. A worker of
+    weight 0 does not contribute to x̄ and continues from z. If all weights are 0,
+    nothing changes. α = β = 1 exchanges centre and workers; it is not an average.
 
     Args:
       alpha: α, in [0, 1].
       beta: β, in [0, 1].
 
     Returns:
-      A rule after which workers need not agree. It moves one all-reduce of the tree.
+      A rule after which workers need not be equal. It sends one all-reduce of the tree.
 
     Raises:
+      TypeError: at `init`, for a leaf that is not floating point or complex.
       ValueError: if a number is out of range.
 
     Example:
       >>> import localsgd_jax as lsgd
-      >>> rule = lsgd.elastic(alpha=0.9 / 8, beta=0.9)   # eight workers
+      >>> rule = lsgd.elastic_average(alpha=0.9 / 8, beta=0.9)   # eight workers
 
     References:
       Zhang, Choromanska, LeCun, Deep Learning with Elastic Averaging SGD, 2015,
       equations 5 and 6. arXiv:1412.6651
     """
-    check_share("elastic(alpha)", alpha)
-    check_share("elastic(beta)", beta)
+    check_unit_interval("elastic_average(alpha)", "alpha", alpha)
+    check_unit_interval("elastic_average(beta)", "beta", beta)
 
     def init(tree: PyTree) -> RuleState:
-        check_has_mean("elastic()", tree)
-        return RuleState(agreed=widen(tree))
+        check_inexact("elastic_average()", tree)
+        return RuleState(shared=promote(tree))
 
     def apply(
-        tree: PyTree, state: RuleState, context: Context
+        tree: PyTree, state: RuleState, context: SyncContext
     ) -> tuple[PyTree, RuleState]:
-        centre, wide = state.agreed, widen(tree)
-        mean, anyone = collectives.mean(wide, context)
-        pulled = jax.tree.map(lambda x, z: x - alpha * (x - z), wide, centre)
-        if context.weight is not None:
-            pulled = choose(context.weight > 0, pulled, centre)
-        moved = jax.tree.map(lambda z, m: z + beta * (m - z), centre, mean)
-        after = RuleState(agreed=choose(anyone, moved, centre))
-        return choose(anyone, narrow(pulled, tree), tree), after
+        centre, workers = state.shared, promote(tree)
+        mean, any_active = collectives.mean(workers, context)
+        new_workers = jax.tree.map(lambda x, z: x - alpha * (x - z), workers, centre)
+        new_workers = where(collectives.is_active(context), new_workers, centre)
+        new_centre = jax.tree.map(lambda z, m: z + beta * (m - z), centre, mean)
+        new_state = RuleState(shared=where(any_active, new_centre, centre))
+        return where(any_active, tree_cast_like(new_workers, tree), tree), new_state
 
-    return SyncRule(init, apply)
+    name = call_name("elastic_average", alpha=alpha, beta=beta)
+    return SyncRule(init, apply, name=name)
 
 
-def mix(rule: SyncRule, alpha: float) -> SyncRule:
-    """Goes only a part of the way to what a rule says.
+def interpolate(rule: SyncRule, alpha: float) -> SyncRule:
+    """Interpolates between the tree of a worker and the result of a rule.
 
         xₖ ← xₖ + (1 − α) (rule(xₖ) − xₖ)   =   α xₖ + (1 − α) rule(xₖ)
 
-    `mix(rule, 0)` equals `rule`; with α = 1 only the rule's memory changes. A worker of
-    weight 0 goes the whole way.
+    `interpolate(rule, 0)` equals `rule`; with α = 1 only the state of the rule changes.
+    A worker of weight 0 receives rule(xₖ).
 
     Args:
       rule: any rule.
-      alpha: α, in [0, 1]: the share of a worker's own value.
+      alpha: α, in [0, 1], the weight of the worker's own tree.
 
     Returns:
-      A rule that remembers and moves what `rule` does.
+      A rule with the state of `rule`, which communicates like `rule`.
 
     Raises:
       TypeError: if `rule` is not a rule.
@@ -82,32 +85,26 @@ def mix(rule: SyncRule, alpha: float) -> SyncRule:
 
     Example:
       >>> import localsgd_jax as lsgd
-      >>> rule = lsgd.mix(lsgd.diloco(), alpha=0.5)
+      >>> rule = lsgd.interpolate(lsgd.diloco(), alpha=0.5)
 
     References:
       Douillard et al., Streaming DiLoCo with overlapping communication, 2025, section
       2.3. arXiv:2501.18512
     """
-    check_rule("mix(rule)", rule)
-    check_share("mix(alpha)", alpha)
+    check_rule("interpolate(rule)", rule)
+    check_unit_interval("interpolate(alpha)", "alpha", alpha)
 
     def apply(
-        tree: PyTree, state: RuleState, context: Context
+        tree: PyTree, state: RuleState, context: SyncContext
     ) -> tuple[PyTree, RuleState]:
-        agreed, state = rule.apply(tree, state, context)
+        synced, state = rule.apply(tree, state, context)
         if alpha == 0:
-            return agreed, state
-        own, target = widen(tree), widen(agreed)
-        mixed = jax.tree.map(lambda x, t: x + (1 - alpha) * (t - x), own, target)
-        mixed = narrow(mixed, tree)
-        if context.weight is not None:
-            mixed = choose(context.weight > 0, mixed, agreed)
-        return mixed, state
+            return synced, state
+        mixed = jax.tree.map(
+            lambda x, t: x + (1 - alpha) * (t - x), promote(tree), promote(synced)
+        )
+        mixed = tree_cast_like(mixed, tree)
+        return where(collectives.is_active(context), mixed, synced), state
 
-    return SyncRule(rule.init, apply)
-
-
-def check_share(call: str, share: float) -> None:
-    """Refuses what is not a share."""
-    if not 0 <= share <= 1:
-        raise ValueError(f"{call}: it must be in [0, 1], got {share}")
+    name = call_name("interpolate", rule, alpha=alpha)
+    return SyncRule(rule.init, apply, name=name)

@@ -1,25 +1,31 @@
-"""An outer optimizer on the mean pseudo-gradient: DiLoCo and its relatives."""
+"""Outer optimizers on the mean pseudo-gradient: DiLoCo, SlowMo, FedAvgM, FedAdam."""
 
+import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from optax.tree_utils import tree_cast_like
 
-from localsgd_jax import checks, collectives
-from localsgd_jax.base import Context, PyTree, Rows, RuleState, SyncRule
-from localsgd_jax.rules.combine import check_rule
-from localsgd_jax.rules.mean import average, check_has_mean
-from localsgd_jax.trees import choose, flat, narrow, unflat, widen
+from localsgd_jax.core import collectives
+from localsgd_jax.core.call_names import call_name
+from localsgd_jax.core.pytrees import promote, where
+from localsgd_jax.core.types import PyTree, RuleState, SyncContext, SyncRule
+from localsgd_jax.core.validation import check, check_rule
+from localsgd_jax.rules.averaging import average, check_inexact
+
+LearningRate = float | Callable[[jax.typing.ArrayLike], jax.typing.ArrayLike]
 
 
 class OuterState(NamedTuple):
-    """What all workers remember of an outer optimizer, one copy.
+    """Shared state of `outer`.
 
     Attributes:
-      anchor: x̄, the parameters agreed on last, in float32 at least.
-      optimizer: the outer optimizer's state.
-      reduce: what the reducing rule remembers.
+      anchor: x̄, the synchronised parameters of the last round, in float32 or wider.
+      optimizer: state of the outer optimizer.
+      reduce: shared state of the reducing rule.
     """
 
     anchor: PyTree
@@ -30,32 +36,33 @@ class OuterState(NamedTuple):
 def outer(
     optimizer: optax.GradientTransformation, reduce: SyncRule | str | None = None
 ) -> SyncRule:
-    """Steps an optax optimizer along the mean pseudo-gradient.
+    """Applies an optax optimizer to the mean pseudo-gradient.
 
-    With the anchor x̄, on which all agreed last:
+    With the anchor x̄, the synchronised parameters of the last round:
 
         Δₖ = x̄ − xₖ
         x̄ ← x̄ + optimizer(reduce(Δ₁, …, Δ_K))
         xₖ ← x̄
 
-    The anchor and the optimizer's state are one copy that all share. Pseudo-gradients
-    and the anchor are kept in float32 at least, whatever the parameters are. If nobody
-    takes part nothing changes.
+    The anchor and the optimizer's state are shared: there is one copy for all workers.
+    Pseudo-gradients and the anchor are kept in float32 or wider, whatever the dtype of
+    the parameters. If all weights are 0, nothing changes.
 
     Args:
       optimizer: any optax optimizer; its schedules count rounds. `optax.sgd(1.0)` gives
         the mean.
-      reduce: how pseudo-gradients become one; None for `average()`, and the name of a
-        worker axis for the average over it. What changes how they travel goes here,
+      reduce: rule that reduces the pseudo-gradients to one value; None for `average()`,
+        or the name of a worker axis for the average over it. Compression goes here,
         such as `quantize(average(), bits=4)`.
 
     Returns:
-      A rule that moves what `reduce` moves.
+      A rule that communicates like `reduce`.
 
     Raises:
-      TypeError: if an argument is not what it must be; at `init`, for a leaf that has
-        no mean.
-      ValueError: when traced, if `reduce` does not make the workers agree.
+      TypeError: if `optimizer` is not an optax optimizer or `reduce` not a rule; at
+        `init`, for a leaf that is not floating point or complex.
+      ValueError: when traced, if the result of `reduce` is not the same for all
+        workers.
 
     Example:
       >>> import optax
@@ -69,7 +76,7 @@ def outer(
     """
     if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
         raise TypeError(
-            "outer(optimizer): an optax optimizer is needed, such as optax.sgd(0.7); "
+            "outer(optimizer): it must be an optax optimizer such as optax.sgd(0.7), "
             f"got {optimizer!r}"
         )
     if reduce is None or isinstance(reduce, str):
@@ -77,32 +84,40 @@ def outer(
     check_rule("outer(reduce)", reduce)
 
     def init(tree: PyTree) -> RuleState:
-        check_has_mean("outer()", tree)
-        anchor = widen(tree)
-        inner = reduce.init(anchor)
-        agreed = OuterState(anchor, optimizer.init(anchor), inner.agreed)
-        return RuleState(agreed, inner.own)
+        check_inexact("outer()", tree)
+        anchor = promote(tree)
+        reduce_state = reduce.init(anchor)
+        shared = OuterState(anchor, optimizer.init(anchor), reduce_state.shared)
+        return RuleState(shared, reduce_state.local)
 
     def apply(
-        tree: PyTree, state: RuleState, context: Context
+        tree: PyTree, state: RuleState, context: SyncContext
     ) -> tuple[PyTree, RuleState]:
-        anchor, memory, reduced = state.agreed
-        anyone, context = collectives.present(context)
-        delta = jax.tree.map(jnp.subtract, anchor, widen(tree))
-        gradient, inner = reduce.apply(delta, RuleState(reduced, state.own), context)
+        anchor, opt_state, reduce_shared = state.shared
+        any_active, context = collectives.any_participants(context)
+        delta = jax.tree.map(jnp.subtract, anchor, promote(tree))
+        gradient, reduced = reduce.apply(
+            delta, RuleState(reduce_shared, state.local), context
+        )
         if context.weight is not None:
-            # A rule keeps what nobody weighs in, which here somebody always does.
-            gradient, agreed = collectives.equal((gradient, inner.agreed))
-            inner = RuleState(agreed, inner.own)
-        updates, memory = optimizer.update(gradient, memory, anchor)
-        moved = OuterState(optax.apply_updates(anchor, updates), memory, inner.agreed)
-        after = choose(anyone, RuleState(moved, inner.own), state)
-        return choose(anyone, narrow(moved.anchor, tree), tree), after
+            # With weights, a rule selects between its result and its input, which
+            # differs between workers, for the case that all weights are zero. The
+            # weights of this context are never all zero.
+            gradient, shared = collectives.assume_replicated((gradient, reduced.shared))
+            reduced = RuleState(shared, reduced.local)
+        updates, opt_state = optimizer.update(gradient, opt_state, anchor)
+        new = OuterState(
+            optax.apply_updates(anchor, updates), opt_state, reduced.shared
+        )
+        new_state = where(any_active, RuleState(new, reduced.local), state)
+        return where(any_active, tree_cast_like(new.anchor, tree), tree), new_state
 
-    return SyncRule(init, apply)
+    return SyncRule(
+        init, apply, name=call_name("outer", optimizer=optimizer, reduce=reduce)
+    )
 
 
-def diloco(learning_rate: float = 0.7, momentum: float = 0.9) -> SyncRule:
+def diloco(learning_rate: LearningRate = 0.7, momentum: float = 0.9) -> SyncRule:
     """DiLoCo: Nesterov momentum on the mean pseudo-gradient.
 
         v ← μ v + Δ,   x̄ ← x̄ − η (Δ + μ v)
@@ -125,17 +140,18 @@ def diloco(learning_rate: float = 0.7, momentum: float = 0.9) -> SyncRule:
       Douillard et al., DiLoCo: Distributed Low-Communication Training of Language
       Models, 2023, Algorithm 1 and section 3. arXiv:2311.08105
     """
-    _check_rate("diloco", learning_rate)
-    return outer(optax.sgd(learning_rate, momentum, nesterov=True))
+    _check_finite("diloco(learning_rate)", learning_rate)
+    rule = outer(optax.sgd(learning_rate, momentum, nesterov=True))
+    return _named(rule, "diloco", learning_rate=learning_rate, momentum=momentum)
 
 
-def slowmo(learning_rate: float = 1.0, momentum: float = 0.7) -> SyncRule:
+def slowmo(learning_rate: LearningRate = 1.0, momentum: float = 0.7) -> SyncRule:
     """SlowMo: heavy-ball momentum on the mean pseudo-gradient.
 
         u ← β u + Δ,   x̄ ← x̄ − α u
 
-    The paper divides Δ by the inner learning rate γ and multiplies u by it, which for a
-    constant γ is the same.
+    The paper divides Δ by the inner learning rate γ and multiplies u by it. For a
+    constant γ this is the same.
 
     Args:
       learning_rate: α, a number or an optax schedule over rounds.
@@ -155,11 +171,12 @@ def slowmo(learning_rate: float = 1.0, momentum: float = 0.7) -> SyncRule:
       Wang, Tantia, Ballas, Rabbat, SlowMo: Improving Communication-Efficient
       Distributed SGD with Slow Momentum, 2020, Algorithm 1. arXiv:1910.00643
     """
-    _check_rate("slowmo", learning_rate)
-    return outer(optax.sgd(learning_rate, momentum))
+    _check_finite("slowmo(learning_rate)", learning_rate)
+    rule = outer(optax.sgd(learning_rate, momentum))
+    return _named(rule, "slowmo", learning_rate=learning_rate, momentum=momentum)
 
 
-def fedavgm(learning_rate: float = 1.0, momentum: float = 0.9) -> SyncRule:
+def fedavgm(learning_rate: LearningRate = 1.0, momentum: float = 0.9) -> SyncRule:
     """FedAvgM: server momentum on the mean pseudo-gradient.
 
         v ← β v + Δ,   x̄ ← x̄ − η v
@@ -182,20 +199,24 @@ def fedavgm(learning_rate: float = 1.0, momentum: float = 0.9) -> SyncRule:
       Hsu, Qi, Brown, Measuring the Effects of Non-Identical Data Distribution for
       Federated Visual Classification, 2019, section 4.3. arXiv:1909.06335
     """
-    _check_rate("fedavgm", learning_rate)
-    return outer(optax.sgd(learning_rate, momentum))
+    _check_finite("fedavgm(learning_rate)", learning_rate)
+    rule = outer(optax.sgd(learning_rate, momentum))
+    return _named(rule, "fedavgm", learning_rate=learning_rate, momentum=momentum)
 
 
 def fedadam(
-    learning_rate: float = 0.1, b1: float = 0.9, b2: float = 0.99, tau: float = 1e-3
+    learning_rate: LearningRate = 0.1,
+    b1: float = 0.9,
+    b2: float = 0.99,
+    tau: float = 1e-3,
 ) -> SyncRule:
     """FedAdam: Adam on the mean pseudo-gradient, with a large ε.
 
         m ← β₁ m + (1 − β₁) Δ,   v ← β₂ v + (1 − β₂) Δ²
         x̄ ← x̄ − η m̂ / (√v̂ + τ)
 
-    m̂ and v̂ are Adam's bias-corrected m and v; the paper's own have no correction, which
-    fades with the rounds.
+    m̂ and v̂ are the bias-corrected m and v of Adam. The paper has no bias correction;
+    its effect vanishes with the number of rounds.
 
     Args:
       learning_rate: η, a number or an optax schedule over rounds.
@@ -217,19 +238,20 @@ def fedadam(
       Reddi et al., Adaptive Federated Optimization, 2021, Algorithm 2.
       arXiv:2003.00295
     """
-    _check_rate("fedadam", learning_rate)
-    return outer(optax.adam(learning_rate, b1, b2, eps=tau))
+    _check_finite("fedadam(learning_rate)", learning_rate)
+    rule = outer(optax.adam(learning_rate, b1, b2, eps=tau))
+    return _named(rule, "fedadam", learning_rate=learning_rate, b1=b1, b2=b2, tau=tau)
 
 
-def lookahead(slow_step_size: float = 0.5) -> SyncRule:
-    """Lookahead, for any number of workers: a step of some length towards the mean.
+def lookahead(slow_step_size: LearningRate = 0.5) -> SyncRule:
+    """Lookahead for any number of workers: a partial step towards the mean.
 
         x̄ ← x̄ − α Δ
 
     With one worker it equals `optax.lookahead`.
 
     Args:
-      slow_step_size: α.
+      slow_step_size: α, a number or an optax schedule over rounds.
 
     Returns:
       `outer(optax.sgd(slow_step_size))`.
@@ -245,80 +267,16 @@ def lookahead(slow_step_size: float = 0.5) -> SyncRule:
       Zhang, Lucas, Hinton, Ba, Lookahead Optimizer: k steps forward, 1 step back, 2019,
       Algorithm 1. arXiv:1907.08610
     """
-    _check_rate("lookahead", slow_step_size)
-    return outer(optax.sgd(slow_step_size))
+    _check_finite("lookahead(slow_step_size)", slow_step_size)
+    rule = outer(optax.sgd(slow_step_size))
+    return _named(rule, "lookahead", slow_step_size=slow_step_size)
 
 
-def shard(rule: SyncRule, workers: int) -> SyncRule:
-    """Cuts a rule and all that it remembers into K pieces, one for each worker.
-
-    Worker k owns piece k of the flattened tree, [·]ₖ:
-
-        [x]ₖ ← rule([Σⱼ wⱼ xⱼ / Σⱼ wⱼ]ₖ)        reduce-scatter, then the rule alone
-        x ← ([x]₁, …, [x]_K)                    all-gather
-
-    The bytes of an all-reduce, and 1/K of the memory for anchor and moments. It equals
-    the rule itself where that treats every number alone, as SGD, momentum and Adam do;
-    clipping by a global norm would see its piece only.
-
-    Args:
-      rule: what an owner does to its piece, such as `outer(optax.adam(0.1))`.
-      workers: K.
-
-    Returns:
-      A rule whose memory is `Rows`, a row for each worker.
-
-    Raises:
-      TypeError: if an argument is not what it must be.
-      ValueError: if K is below 1; when traced, if there are not K workers.
-
-    Example:
-      >>> import optax
-      >>> import localsgd_jax as lsgd
-      >>> rule = lsgd.shard(lsgd.outer(optax.adam(0.1)), workers=8)
-
-    References:
-      Rajbhandari et al., ZeRO: Memory Optimizations Toward Training Trillion Parameter
-      Models, 2020, section 5.1. arXiv:1910.02054
-    """
-    check_rule("shard(rule)", rule)
-    checks.integer("shard(workers)", "the number of workers", workers, 1)
-
-    def init(tree: PyTree) -> RuleState:
-        check_has_mean("shard()", tree)
-        return RuleState(own=Rows(jax.vmap(rule.init)(_pieces(flat(tree), workers))))
-
-    def apply(
-        tree: PyTree, state: RuleState, context: Context
-    ) -> tuple[PyTree, RuleState]:
-        if (count := collectives.size(context)) != workers:
-            raise ValueError(
-                f"shard(workers): workers must be the {count} that meet, got {workers}"
-            )
-        anyone, somebody = collectives.present(context)
-        vector = flat(tree)
-        if somebody.weight is None:
-            piece = collectives.scatter_sum(_pieces(vector, workers), context) / workers
-        else:
-            share = somebody.weight
-            mine = jnp.where(share > 0, share * vector, 0)
-            piece = collectives.scatter_sum(_pieces(mine, workers), context)
-            piece = piece / collectives.total(share, context)
-        alone = Context({}, context.round)
-        piece, memory = rule.apply(piece, state.own.tree, alone)
-        whole = collectives.gather(piece, context).reshape(-1)[: vector.size]
-        after = RuleState(own=Rows(memory))
-        return choose(anyone, unflat(whole, tree), tree), choose(anyone, after, state)
-
-    return SyncRule(init, apply)
+def _named(rule: SyncRule, function: str, **arguments: object) -> SyncRule:
+    """Replaces the name of a rule by that of a recipe."""
+    return dataclasses.replace(rule, name=call_name(function, **arguments))
 
 
-def _pieces(vector: jax.Array, workers: int) -> jax.Array:
-    """Cuts a vector into a row for each worker, the last one filled up."""
-    return jnp.pad(vector, (0, -vector.size % workers)).reshape(workers, -1)
-
-
-def _check_rate(call: str, rate: float) -> None:
-    """Refuses a step size that would make all parameters nonsense."""
-    if not callable(rate) and not jnp.isfinite(rate):
-        raise ValueError(f"{call}(learning_rate): it must be finite, got {rate}")
+def _check_finite(call: str, rate: LearningRate) -> None:
+    """Raises a ValueError if a constant step size is not finite."""
+    check(callable(rate) or jnp.isfinite(rate), call, "it must be finite", rate)

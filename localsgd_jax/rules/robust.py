@@ -1,36 +1,50 @@
-"""Agreement in spite of a few: medians, trimmed means, and a guard at the door."""
+"""Robust aggregation: coordinate-wise median, trimmed mean and outlier removal."""
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
-from localsgd_jax import collectives
-from localsgd_jax.base import Context, Notes, PyTree, RuleState, SyncRule
-from localsgd_jax.rules.combine import check_rule
-from localsgd_jax.rules.compression import cut
-from localsgd_jax.rules.mean import check_has_mean
-from localsgd_jax.trees import choose, flat, unflat, widen
+from localsgd_jax.core import collectives
+from localsgd_jax.core.call_names import call_name
+from localsgd_jax.core.pytrees import (
+    join_rows,
+    promote,
+    ravel,
+    split_rows,
+    unravel,
+    where,
+)
+from localsgd_jax.core.types import (
+    PyTree,
+    RuleMetrics,
+    RuleState,
+    SyncContext,
+    SyncRule,
+)
+from localsgd_jax.core.validation import check, check_rule
+from localsgd_jax.rules.averaging import check_inexact
 
 
-class Watch(NamedTuple):
-    """What `guard` remembers, one copy.
+class OutlierState(NamedTuple):
+    """Shared state of `drop_outliers`.
 
     Attributes:
-      anchor: what was agreed on last.
-      mean: running mean of log ‖Δ‖ over those who took part.
-      variance: running variance of it.
-      rounds: how many have been seen.
-      notes: "left_out", workers left out so far, an int32 scalar.
-      rule: what the guarded rule remembers.
+      anchor: x̄, the synchronised parameters of the last round.
+      mean: m, running mean of log ‖Δ‖ over inliers and rounds, a float32 scalar.
+      variance: s², running variance of log ‖Δ‖, a float32 scalar.
+      rounds: number of rounds in the running moments, an int32 scalar.
+      metrics: "dropped_workers", number of workers dropped so far, an int32 scalar.
+      rule: shared state of the inner rule.
     """
 
     anchor: PyTree
     mean: jax.Array
     variance: jax.Array
     rounds: jax.Array
-    notes: Notes
+    metrics: RuleMetrics
     rule: PyTree
 
 
@@ -39,10 +53,10 @@ def median() -> SyncRule:
 
         xₖ ← median(x₁, …, x_K), coordinate by coordinate
 
-    Workers of weight 0 are left out; other weights count alike. An even number of
-    workers gives the mean of the two in the middle. Each worker sorts a piece of the
-    vector, so this moves what `average()` moves: an all-to-all and an all-gather. It
-    saves no bytes, and sorting costs many times a mean.
+    Workers of weight 0 are dropped; all positive weights are equivalent. For an even
+    number of workers the result is the mean of the two middle values. Each worker sorts
+    one chunk of the vector. An all-to-all and an all-gather send as many bytes as
+    `average()`; sorting takes many times as long as a mean.
 
     Returns:
       A rule without state.
@@ -60,23 +74,23 @@ def median() -> SyncRule:
       Optimal Statistical Rates, 2018, Definition 1. arXiv:1803.01498
     """
 
-    def middle(ordered: jax.Array, alive: jax.Array) -> jax.Array:
-        low, high = (alive - 1) // 2, alive // 2
-        return (ordered[low] + ordered[high]) / 2
+    def median_of_sorted(values: jax.Array, num_active: jax.Array) -> jax.Array:
+        low, high = (num_active - 1) // 2, num_active // 2
+        return (values[low] + values[high]) / 2
 
-    return _by_order("median()", middle)
+    return _coordinatewise("median()", median_of_sorted, call_name("median"))
 
 
 def trimmed_mean(fraction: float) -> SyncRule:
-    """Averages every number over workers without the largest and smallest.
+    """Averages every number over workers without the largest and smallest values.
 
         xₖ ← mean of x₍ᵣ₊₁₎ ≤ … ≤ x₍K₋ᵣ₎,   r = ⌊fraction · K⌋
 
-    coordinate by coordinate. Workers of weight 0 are left out and not counted in K;
-    other weights count alike. Moves what `average()` moves.
+    coordinate by coordinate. Workers of weight 0 are dropped and not counted in K; all
+    positive weights are equivalent. Sends as many bytes as `average()`.
 
     Args:
-      fraction: share to leave out at either end, in [0, ½).
+      fraction: fraction of the workers to drop at each end, in [0, ½).
 
     Returns:
       A rule without state.
@@ -94,145 +108,160 @@ def trimmed_mean(fraction: float) -> SyncRule:
       Yin, Chen, Ramchandran, Bartlett, Byzantine-Robust Distributed Learning: Towards
       Optimal Statistical Rates, 2018, Definition 2. arXiv:1803.01498
     """
-    if not 0 <= fraction < 0.5:
-        raise ValueError(
-            f"trimmed_mean(fraction): it must be in [0, 0.5), got {fraction}"
-        )
+    valid = 0 <= fraction < 0.5
+    check(valid, "trimmed_mean(fraction)", "fraction must be in [0, 0.5)", fraction)
 
-    def inside(ordered: jax.Array, alive: jax.Array) -> jax.Array:
-        # The slack keeps a product that is whole on paper whole in float32.
-        drop = jnp.floor(fraction * alive + 1e-4).astype(jnp.int32)
-        rank = jnp.arange(len(ordered))[:, None]
-        kept = (rank >= drop) & (rank < alive - drop)
-        return jnp.sum(jnp.where(kept, ordered, 0), axis=0) / (alive - 2 * drop)
+    def trimmed_mean_of_sorted(values: jax.Array, num_active: jax.Array) -> jax.Array:
+        # The tolerance keeps exact integer products integer in float32.
+        drop = jnp.floor(fraction * num_active + 1e-4).astype(jnp.int32)
+        rank = jnp.arange(len(values))[:, None]
+        kept = (rank >= drop) & (rank < num_active - drop)
+        return jnp.sum(jnp.where(kept, values, 0), axis=0) / (num_active - 2 * drop)
 
-    return _by_order("trimmed_mean()", inside)
+    name = call_name("trimmed_mean", fraction=fraction)
+    return _coordinatewise("trimmed_mean()", trimmed_mean_of_sorted, name)
 
 
-def guard(
+def drop_outliers(
     rule: SyncRule, threshold: float = 3.0, decay: float = 0.9, warm_up: int = 5
 ) -> SyncRule:
-    """Leaves out, for one round, a worker that has gone astray.
+    """Drops workers with non-finite or unusually large updates for one round.
 
-    With the anchor x̄ that was agreed on last, and Δₖ = x̄ − xₖ, a worker gets weight 0
-    if Δₖ is not finite, or, after some rounds, if it is too long against what is usual:
+    With the anchor x̄, the synchronised parameters of the last round, and Δₖ = x̄ − xₖ,
+    worker k gets weight 0 if Δₖ is not finite, or, after `warm_up` rounds, if
 
         zₖ = (log ‖Δₖ‖ − m) / s > threshold
 
-    where m and s² are running means over rounds of the mean of log ‖Δ‖ over those who
-    take part and of its squared distance to m. All workers decide from the same K
-    numbers, so they agree on who takes part; who is left out goes on from what the
-    others agree on. The column "left_out" of the history counts them. The rule must
-    make workers agree.
+    m is a running mean over rounds of the mean of log ‖Δ‖ over inliers, and s² a
+    running mean of the mean squared distance of log ‖Δ‖ to m. All workers decide from
+    the same K numbers, so the decision is the same for all. A dropped worker continues
+    from the result of the others. If all workers are dropped, nothing changes, except
+    that non-finite workers are reset to the anchor. The history column
+    "dropped_workers" counts the dropped workers.
 
     Args:
-      rule: what the others do, such as `average()` or `diloco()`.
+      rule: the rule for the other workers, after which all workers are equal, such as
+        `average()` or `diloco()`.
       threshold: largest z.
-      decay: of the running means, in [0, 1).
-      warm_up: rounds in which only what is not finite is left out.
+      decay: decay of the running means, in [0, 1).
+      warm_up: number of rounds in which only non-finite workers are dropped.
 
     Returns:
-      A rule that moves a number for each worker more than `rule`.
+      A rule that sends one number per worker in addition to the messages of `rule`.
 
     Raises:
-      TypeError: if `rule` is not a rule.
+      TypeError: if `rule` is not a rule; at `init`, for a leaf that is not floating
+        point or complex.
       ValueError: if a number is out of range.
 
     Example:
       >>> import localsgd_jax as lsgd
-      >>> rule = lsgd.guard(lsgd.diloco())
+      >>> rule = lsgd.drop_outliers(lsgd.diloco())
 
     References:
       Cheng et al., EDiT: A Local-SGD-Based Efficient Distributed Training Method for
       Large Language Models, 2024, section 3.3. arXiv:2412.07210
     """
-    check_rule("guard(rule)", rule)
-    if not threshold > 0:
-        raise ValueError(f"guard(threshold): it must be positive, got {threshold}")
-    if not 0 <= decay < 1:
-        raise ValueError(f"guard(decay): it must be in [0, 1), got {decay}")
-    if warm_up < 0:
-        raise ValueError(f"guard(warm_up): it must be at least 0, got {warm_up}")
+    call = "drop_outliers"
+    check_rule(f"{call}(rule)", rule)
+    check(threshold > 0, f"{call}(threshold)", "threshold must be positive", threshold)
+    check(0 <= decay < 1, f"{call}(decay)", "decay must be in [0, 1)", decay)
+    check(warm_up >= 0, f"{call}(warm_up)", "warm_up must be at least 0", warm_up)
 
     def init(tree: PyTree) -> RuleState:
-        check_has_mean("guard()", tree)
-        inner, zero, none = rule.init(tree), jnp.float32(0), jnp.int32(0)
-        notes = Notes({"left_out": none})
-        watch = Watch(tree, zero, zero, none, notes, inner.agreed)
-        return RuleState(watch, inner.own)
+        check_inexact(f"{call}()", tree)
+        inner, zero, count = rule.init(tree), jnp.float32(0), jnp.int32(0)
+        metrics = RuleMetrics({"dropped_workers": count})
+        shared = OutlierState(tree, zero, zero, count, metrics, inner.shared)
+        return RuleState(shared, inner.local)
 
     def apply(
-        tree: PyTree, state: RuleState, context: Context
+        tree: PyTree, state: RuleState, context: SyncContext
     ) -> tuple[PyTree, RuleState]:
-        watch = state.agreed
-        lengths = _log_lengths(watch.anchor, tree, context)
-        share = collectives.shares(context)
-        fine = (share > 0) & jnp.isfinite(lengths)
-        z = (lengths - watch.mean) / jnp.sqrt(watch.variance + 1e-12)
-        fine &= (z <= threshold) | (watch.rounds < warm_up)
-        anyone = jnp.any(fine)
-        weight = jnp.where(fine, share, 0)[collectives.index(context)]
-        agreed, inner = rule.apply(
-            tree, RuleState(watch.rule, state.own), context._replace(weight=weight)
+        old = state.shared
+        log_norms = _log_norms(old.anchor, tree, context)
+        weights = collectives.gathered_weights(context)
+        inliers = (weights > 0) & jnp.isfinite(log_norms)
+        z = (log_norms - old.mean) / jnp.sqrt(old.variance + 1e-12)
+        inliers &= (z <= threshold) | (old.rounds < warm_up)
+        any_inlier = jnp.any(inliers)
+        weight = jnp.where(inliers, weights, 0)[collectives.index(context)]
+        synced, inner = rule.apply(
+            tree, RuleState(old.rule, state.local), context._replace(weight=weight)
         )
-        left_out = jnp.sum((share > 0) & ~fine, dtype=jnp.int32)
-        notes = Notes({"left_out": watch.notes.numbers["left_out"] + left_out})
-        seen = _seen(watch, lengths, fine, decay)._replace(
-            anchor=collectives.equal(agreed), rule=inner.agreed
+        new = _update_moments(old, log_norms, inliers, decay)._replace(
+            anchor=collectives.assume_replicated(synced), rule=inner.shared
         )
-        kept = choose(anyone, RuleState(seen, inner.own), state)
-        counted = kept.agreed._replace(notes=notes)
-        # A worker that nobody is left to lead back goes back by itself.
-        back = choose(jnp.isfinite(_length(tree)), tree, watch.anchor)
-        return choose(anyone, agreed, back), RuleState(counted, kept.own)
+        kept = where(any_inlier, RuleState(new, inner.local), state)
+        dropped = jnp.sum((weights > 0) & ~inliers, dtype=jnp.int32)
+        total = old.metrics.scalars["dropped_workers"] + dropped
+        metrics = RuleMetrics({"dropped_workers": total})
+        new_state = kept._replace(shared=kept.shared._replace(metrics=metrics))
+        # If every worker is dropped, non-finite workers are reset to the anchor.
+        restored = where(jnp.isfinite(_norm(tree)), tree, old.anchor)
+        return where(any_inlier, synced, restored), new_state
 
-    return SyncRule(init, apply)
-
-
-def _seen(watch: Watch, lengths: jax.Array, fine: jax.Array, decay: float) -> Watch:
-    """Moves the running mean and variance by one round."""
-    count = jnp.maximum(jnp.sum(fine), 1)
-    mean = jnp.sum(jnp.where(fine, lengths, 0)) / count
-    first = watch.rounds == 0
-    m = jnp.where(first, mean, decay * watch.mean + (1 - decay) * mean)
-    square = jnp.sum(jnp.where(fine, (lengths - m) ** 2, 0)) / count
-    v = jnp.where(first, square, decay * watch.variance + (1 - decay) * square)
-    return watch._replace(mean=m, variance=v, rounds=watch.rounds + 1)
+    name = call_name(call, rule, threshold=threshold, decay=decay, warm_up=warm_up)
+    return SyncRule(init, apply, name=name)
 
 
-def _log_lengths(anchor: PyTree, tree: PyTree, context: Context) -> jax.Array:
-    """Returns log ‖Δₖ‖ of all workers, (K,)."""
-    delta = jax.tree.map(jnp.subtract, widen(anchor), widen(tree))
-    length = _length(delta)
-    # A worker that did not move is no outlier, and has a logarithm.
-    log = jnp.log(jnp.maximum(length, jnp.finfo(jnp.float32).tiny))
-    return collectives.gather(jnp.where(jnp.isfinite(length), log, jnp.nan), context)
+def _update_moments(
+    state: OutlierState, log_norms: jax.Array, inliers: jax.Array, decay: float
+) -> OutlierState:
+    """Updates the running mean and variance of log ‖Δ‖ with one round."""
+    count = jnp.maximum(jnp.sum(inliers), 1)
+    first = state.rounds == 0
+
+    def running_mean(old: jax.Array, values: jax.Array) -> jax.Array:
+        value = jnp.sum(jnp.where(inliers, values, 0)) / count
+        return jnp.where(first, value, decay * old + (1 - decay) * value)
+
+    mean = running_mean(state.mean, log_norms)
+    variance = running_mean(state.variance, (log_norms - mean) ** 2)
+    return state._replace(mean=mean, variance=variance, rounds=state.rounds + 1)
 
 
-def _length(tree: PyTree) -> jax.Array:
-    """Returns the Euclidean norm of a tree."""
-    squares = [jnp.sum(jnp.square(jnp.abs(x))) for x in jax.tree.leaves(widen(tree))]
-    return jnp.sqrt(sum(squares)).astype(jnp.float32)
+def _log_norms(anchor: PyTree, tree: PyTree, context: SyncContext) -> jax.Array:
+    """Returns log ‖Δₖ‖ of all workers, (K,), NaN if Δₖ is not finite."""
+    norm = _norm(jax.tree.map(jnp.subtract, promote(anchor), promote(tree)))
+    # The lower bound gives a worker that did not move a finite logarithm.
+    log = jnp.log(jnp.maximum(norm, jnp.finfo(jnp.float32).tiny))
+    return collectives.all_gather(jnp.where(jnp.isfinite(norm), log, jnp.nan), context)
 
 
-def _by_order(call: str, combine: Callable) -> SyncRule:
-    """Makes a rule from what it does to K sorted numbers of which some count."""
+def _norm(tree: PyTree) -> jax.Array:
+    """Returns the Euclidean norm of a tree, a float32 scalar."""
+    return optax.tree.norm(promote(tree)).astype(jnp.float32)
+
+
+def _coordinatewise(call: str, combine: Callable, name: str) -> SyncRule:
+    """Makes a rule from a function of the sorted values of one coordinate.
+
+    Args:
+      call: the public function, for messages.
+      combine: `combine(values, num_active) -> result`, from `(K, m)`, sorted over
+        workers with inactive ones at the end, to `(m,)`.
+      name: name of the rule.
+
+    Returns:
+      A rule without state.
+    """
 
     def init(tree: PyTree) -> RuleState:
-        check_has_mean(call, tree)
+        check_inexact(call, tree)
         return RuleState()
 
     def apply(
-        tree: PyTree, state: RuleState, context: Context
+        tree: PyTree, state: RuleState, context: SyncContext
     ) -> tuple[PyTree, RuleState]:
-        anyone, _ = collectives.present(context)
-        vector = flat(tree)
-        rows = cut(vector, collectives.size(context))
-        values = collectives.transpose(rows, context)
-        present = collectives.shares(context) > 0
-        ordered = jnp.sort(jnp.where(present[:, None], values, jnp.inf), axis=0)
-        piece = combine(ordered, jnp.maximum(jnp.sum(present), 1))
-        whole = collectives.gather(piece, context).reshape(-1)[: vector.size]
-        return choose(anyone, unflat(whole, tree), tree), state
+        any_active, _ = collectives.any_participants(context)
+        vector = ravel(tree)
+        rows = split_rows(vector, collectives.size(context))
+        values = collectives.all_to_all(rows, context)
+        active = collectives.gathered_weights(context) > 0
+        values = jnp.sort(jnp.where(active[:, None], values, jnp.inf), axis=0)
+        chunk = combine(values, jnp.maximum(jnp.sum(active), 1))
+        combined = join_rows(collectives.all_gather(chunk, context), vector.size)
+        return where(any_active, unravel(combined, tree), tree), state
 
-    return SyncRule(init, apply)
+    return SyncRule(init, apply, name=name)

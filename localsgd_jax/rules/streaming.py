@@ -1,26 +1,26 @@
-"""Streaming: every synchronisation is about another part of the tree."""
+"""Streaming synchronisation: one fragment of the parameters per round."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import jax
 
-from localsgd_jax import checks
-from localsgd_jax.base import Context, PyTree, RuleState, SyncRule
-from localsgd_jax.rules.combine import check_rule
+from localsgd_jax.core.call_names import call_name
+from localsgd_jax.core.types import PyTree, RuleState, SyncContext, SyncRule
+from localsgd_jax.core.validation import check, check_int, check_rule
 
 _NUMBER = re.compile(r"\d+")
 
 
-class Piece(NamedTuple):
-    """A part of a leaf.
+class LeafSlice(NamedTuple):
+    """Slice of a leaf along one axis.
 
     Attributes:
-      leaf: its number in the tree.
-      axis: along which it is cut, or None for the whole leaf.
+      leaf: index of the leaf in the flattened tree.
+      axis: axis of the slice, or None for the complete leaf.
       start: first index.
-      stop: index behind the last.
+      stop: index after the last.
     """
 
     leaf: int
@@ -33,235 +33,258 @@ def fragment(
     rule: SyncRule,
     n: int,
     *,
-    by: str | Callable = "bytes",
-    cut: int | None = None,
-    turn: int = 1,
+    grouping: str | Callable[[str], int] = "bytes",
+    split_axis: int | None = None,
+    rounds_per_fragment: int = 1,
 ) -> SyncRule:
-    """Synchronises one of n parts of the tree at a time, in turn.
+    """Synchronises one of n fragments of the tree per round, in cyclic order.
 
-    In round r = 1, 2, … the fragment is, with t rounds a turn,
+    In round r = 1, 2, …, with t rounds per fragment, the fragment is
 
         p = ⌊(r − 1)/t⌋ mod n,   [x]ₚ ← rule([x]ₚ)
 
-    Each fragment has a state of the rule to itself, and counts its own rounds. The
-    schedule `spread(h, n)` lets every fragment have its turn once in h steps, also
-    where n does not divide h. With `delay(rule)` a fragment needs turns of two rounds.
+    Each fragment has its own state of the rule and counts its own rounds. With the
+    schedule `evenly_spaced(h, n)` every fragment is synchronised once in h steps, even
+    if n does not divide h. `delay(rule)` requires two rounds per fragment.
 
     Args:
-      rule: what agrees on a fragment.
-      n: fragments.
-      by: how leaves are grouped. "bytes": contiguous leaves if they are cut, else such
-        that fragments weigh alike; "layer": layer i, the first number in a leaf's path,
-        goes to fragment i mod n, leaves without one where there is least; or a
-        function of a leaf's path, such as "layers.3.w", that gives its fragment.
-      cut: axis along which "bytes" may cut a leaf; None for whole leaves.
-      turn: rounds that a fragment has before the next one.
+      rule: the rule that synchronises a fragment.
+      n: number of fragments.
+      grouping: assignment of leaves to fragments. "bytes": fragments of similar size,
+        contiguous if leaves may be split. "layer": layer i, the first number in the
+        path of a leaf, goes to fragment i mod n; leaves without a number go to the
+        smallest fragment. A function maps the path of a leaf, such as "layers.3.w", to
+        the index of its fragment.
+      split_axis: axis along which "bytes" may split a leaf; None for complete leaves.
+      rounds_per_fragment: number of consecutive rounds of a fragment, t.
 
     Returns:
-      A rule that in a round moves what `rule` moves for one fragment.
+      A rule that communicates like `rule` for one fragment.
 
     Raises:
-      TypeError: if an argument is not what it must be.
-      ValueError: if a number is too small; at `init`, if a fragment would be empty.
+      TypeError: if `rule` is not a rule, or a number not an int.
+      ValueError: if a number is below 1 or the grouping unknown; at `init`, if a
+        fragment is empty.
 
     Example:
       >>> import localsgd_jax as lsgd
       >>> rule = lsgd.fragment(lsgd.diloco(), 4)
-      >>> schedule = lsgd.spread(30, 4)
+      >>> schedule = lsgd.evenly_spaced(30, 4)
 
     References:
       Douillard et al., Streaming DiLoCo with overlapping communication, 2025, section
       2.2. arXiv:2501.18512
     """
     check_rule("fragment(rule)", rule)
-    n = checks.integer("fragment(n)", "the number of fragments", n, 1)
-    turn = checks.integer("fragment(turn)", "the rounds of a turn", turn, 1)
-    if by not in ("bytes", "layer") and not callable(by):
-        raise ValueError(
-            f'fragment(by): it must be "bytes", "layer" or a function, got {by!r}'
-        )
+    n = check_int("fragment(n)", "the number of fragments", n, 1)
+    rounds_per_fragment = check_int(
+        "fragment(rounds_per_fragment)", "rounds_per_fragment", rounds_per_fragment, 1
+    )
+    known = grouping in ("bytes", "layer") or callable(grouping)
+    text = 'grouping must be "bytes", "layer" or a function'
+    check(known, "fragment(grouping)", text, repr(grouping))
 
     def init(tree: PyTree) -> RuleState:
-        states = [rule.init(part) for part in _parts(tree, n, by, cut)]
+        leaves = jax.tree.leaves(tree)
+        groups = assign_fragments(tree, n, grouping, split_axis)
+        states = [rule.init(_slices(leaves, group)) for group in groups]
         return RuleState(*map(tuple, zip(*states, strict=True)))
 
     def apply(
-        tree: PyTree, state: RuleState, context: Context
+        tree: PyTree, state: RuleState, context: SyncContext
     ) -> tuple[PyTree, RuleState]:
-        turns, within = divmod(context.round - 1, turn)
-        own_round = turns // n * turn + within + 1
+        groups = assign_fragments(tree, n, grouping, split_axis)
+        turn, round_of_turn = divmod(context.round - 1, rounds_per_fragment)
+        fragment_round = turn // n * rounds_per_fragment + round_of_turn + 1
+        fragment_context = context._replace(round=fragment_round)
 
-        def one(p: int) -> Callable:
+        def sync_fragment(p: int) -> Callable:
             return lambda tree, state: _apply(
-                rule, p, groups, tree, state, context._replace(round=own_round)
+                rule, p, groups[p], tree, state, fragment_context
             )
 
-        groups = group(tree, n, by, cut)
-        if not isinstance(turns, jax.Array):
-            return one(turns % n)(tree, state)
-        return jax.lax.switch(turns % n, [one(p) for p in range(n)], tree, state)
+        if not isinstance(turn, jax.Array):
+            return sync_fragment(turn % n)(tree, state)
+        branches = [sync_fragment(p) for p in range(n)]
+        return jax.lax.switch(turn % n, branches, tree, state)
 
-    return SyncRule(init, apply)
+    name = call_name(
+        "fragment",
+        rule,
+        n=n,
+        grouping=grouping,
+        split_axis=split_axis,
+        rounds_per_fragment=rounds_per_fragment,
+    )
+    return SyncRule(init, apply, name=name)
 
 
-def group(
-    tree: PyTree, n: int, by: str | Callable = "bytes", cut: int | None = None
-) -> list[list[Piece]]:
-    """Returns the pieces of each fragment; the arguments are those of `fragment`.
+def assign_fragments(
+    tree: PyTree,
+    n: int,
+    grouping: str | Callable[[str], int] = "bytes",
+    split_axis: int | None = None,
+) -> list[list[LeafSlice]]:
+    """Assigns the leaves of a tree to n fragments.
 
     Args:
       tree: leaves with shapes and dtypes.
-      n: fragments.
-      by: how leaves are grouped.
-      cut: axis along which "bytes" may cut a leaf.
+      n: number of fragments.
+      grouping: as in `fragment`.
+      split_axis: as in `fragment`.
 
     Returns:
-      n lists of pieces, which together are the whole tree.
+      n lists of slices, which together cover the tree.
 
     Raises:
-      ValueError: if a fragment is empty, or a label is not one of 0, …, n − 1.
+      ValueError: if a fragment is empty, or `grouping` returns an index outside
+        0, …, n − 1.
 
     Example:
       >>> import jax.numpy as jnp
       >>> tree = [jnp.zeros(5), jnp.zeros(3), jnp.zeros(2)]
-      >>> [[piece.leaf for piece in part] for part in group(tree, 2)]
+      >>> [[part.leaf for part in group] for group in assign_fragments(tree, 2)]
       [[0], [1, 2]]
     """
-    if callable(by):
-        groups = _by_label(tree, n, by)
-    elif by == "layer":
+    if callable(grouping):
+        groups = _by_user_function(tree, n, grouping)
+    elif grouping == "layer":
         groups = _by_layer(tree, n)
-    elif cut is None:
-        groups = _by_weight(tree, n)
+    elif split_axis is None:
+        groups = _balanced(tree, n)
     else:
-        groups = _by_cutting(tree, n, cut)
-    empty = [p for p, pieces in enumerate(groups) if not pieces]
-    if empty:
-        raise ValueError(
-            f"fragment(n): there must be something for each of the {n} fragments, but "
-            f"the {len(jax.tree.leaves(tree))} leaves leave {empty} empty"
-        )
+        groups = _contiguous(tree, n, split_axis)
+    empty = [p for p, group in enumerate(groups) if not group]
+    count = len(jax.tree.leaves(tree))
+    text = f"each of the {n} fragments must get at least one of the {count} leaves"
+    check(not empty, "fragment(n)", text, f"none for fragments {empty}")
     return groups
 
 
 def _apply(
     rule: SyncRule,
     p: int,
-    groups: list[list[Piece]],
+    group: list[LeafSlice],
     tree: PyTree,
     state: RuleState,
-    context: Context,
+    context: SyncContext,
 ) -> tuple[PyTree, RuleState]:
-    """Applies a rule to one fragment."""
+    """Applies a rule to fragment p."""
     leaves, structure = jax.tree.flatten(tree)
-    part, after = rule.apply(
-        [_take(leaves[piece.leaf], piece) for piece in groups[p]],
-        RuleState(state.agreed[p], state.own[p]),
-        context,
+    fragment_state = RuleState(state.shared[p], state.local[p])
+    values, new = rule.apply(_slices(leaves, group), fragment_state, context)
+    for part, value in zip(group, values, strict=True):
+        leaves[part.leaf] = _update_slice(leaves[part.leaf], part, value)
+    new_state = RuleState(
+        _replace_item(state.shared, p, new.shared),
+        _replace_item(state.local, p, new.local),
     )
-    for piece, values in zip(groups[p], part, strict=True):
-        leaves[piece.leaf] = _put(leaves[piece.leaf], piece, values)
-    return structure.unflatten(leaves), RuleState(
-        _with(state.agreed, p, after.agreed), _with(state.own, p, after.own)
-    )
+    return structure.unflatten(leaves), new_state
 
 
-def _parts(
-    tree: PyTree, n: int, by: str | Callable, cut: int | None
-) -> list[list[jax.Array]]:
-    """Returns the values of each fragment."""
-    leaves = jax.tree.leaves(tree)
-    groups = group(tree, n, by, cut)
-    return [[_take(leaves[piece.leaf], piece) for piece in part] for part in groups]
+def _slices(leaves: list[jax.Array], group: list[LeafSlice]) -> list[jax.Array]:
+    """Returns the values of a fragment."""
+    return [_slice(leaves[part.leaf], part) for part in group]
 
 
-def _take(leaf: jax.Array, piece: Piece) -> jax.Array:
-    """Returns a piece of a leaf."""
-    if piece.axis is None:
+def _slice(leaf: jax.Array, part: LeafSlice) -> jax.Array:
+    """Returns a slice of a leaf."""
+    if part.axis is None:
         return leaf
-    return jax.lax.slice_in_dim(leaf, piece.start, piece.stop, axis=piece.axis)
+    return jax.lax.slice_in_dim(leaf, part.start, part.stop, axis=part.axis)
 
 
-def _put(leaf: jax.Array, piece: Piece, values: jax.Array) -> jax.Array:
-    """Puts a piece back."""
-    if piece.axis is None:
+def _update_slice(leaf: jax.Array, part: LeafSlice, values: jax.Array) -> jax.Array:
+    """Replaces a slice of a leaf."""
+    if part.axis is None:
         return values
-    return jax.lax.dynamic_update_slice_in_dim(leaf, values, piece.start, piece.axis)
+    return jax.lax.dynamic_update_slice_in_dim(leaf, values, part.start, part.axis)
 
 
-def _with(parts: tuple, p: int, part: PyTree) -> tuple:
-    """Replaces one of several."""
-    return (*parts[:p], part, *parts[p + 1 :])
+def _replace_item(items: tuple, index: int, item: PyTree) -> tuple:
+    """Replaces one item of a tuple."""
+    return (*items[:index], item, *items[index + 1 :])
 
 
-def _by_weight(tree: PyTree, n: int) -> list[list[Piece]]:
-    """Puts the heaviest leaf that is left where there is least."""
-    sizes = [_bytes(leaf) for leaf in jax.tree.leaves(tree)]
-    groups, weights = [[] for _ in range(n)], [0] * n
-    for leaf in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        p = weights.index(min(weights))
-        groups[p].append(Piece(leaf))
-        weights[p] += sizes[leaf]
-    return [sorted(pieces) for pieces in groups]
+def _balanced(tree: PyTree, n: int) -> list[list[LeafSlice]]:
+    """Balances complete leaves by bytes: largest first, into the smallest fragment."""
+    groups = [[] for _ in range(n)]
+    _add_to_smallest(groups, [0] * n, enumerate(map(_num_bytes, jax.tree.leaves(tree))))
+    return [sorted(group) for group in groups]
 
 
-def _by_cutting(tree: PyTree, n: int, axis: int) -> list[list[Piece]]:
-    """Fills one fragment after another, cutting leaves along an axis where it ends."""
+def _add_to_smallest(
+    groups: list[list[LeafSlice]], totals: list[int], leaves: Iterable[tuple[int, int]]
+) -> None:
+    """Adds leaves, largest first, to the fragment with the fewest bytes.
+
+    Args:
+      groups: slices of each fragment, extended in place.
+      totals: bytes of each fragment, updated in place.
+      leaves: pairs of leaf index and bytes.
+    """
+    for leaf, size in sorted(leaves, key=lambda pair: -pair[1]):
+        p = totals.index(min(totals))
+        groups[p].append(LeafSlice(leaf))
+        totals[p] += size
+
+
+def _contiguous(tree: PyTree, n: int, axis: int) -> list[list[LeafSlice]]:
+    """Fills fragments in order; splits leaves along an axis at fragment boundaries."""
     leaves = jax.tree.leaves(tree)
-    share = sum(map(_bytes, leaves)) / n
-    groups, done = [[] for _ in range(n)], 0
+    bytes_per_fragment = sum(map(_num_bytes, leaves)) / n
+    groups, bytes_before = [[] for _ in range(n)], 0
     for i, leaf in enumerate(leaves):
-        can = leaf.ndim > axis and leaf.shape[axis] > 1
-        count = leaf.shape[axis] if can else 1
-        each = _bytes(leaf) / count
-        # Row j belongs where its middle lies.
-        places = [
-            min(int((done + (j + 0.5) * each) / share), n - 1) for j in range(count)
+        divisible = leaf.ndim > axis and leaf.shape[axis] > 1
+        count = leaf.shape[axis] if divisible else 1
+        row_bytes = _num_bytes(leaf) / count
+        # Row j belongs to the fragment that contains its midpoint.
+        owners = [
+            min(int((bytes_before + (j + 0.5) * row_bytes) / bytes_per_fragment), n - 1)
+            for j in range(count)
         ]
-        for p in sorted(set(places)):
-            start, stop = places.index(p), count - places[::-1].index(p)
-            whole = not can or stop - start == count
-            groups[p].append(Piece(i) if whole else Piece(i, axis, start, stop))
-        done += _bytes(leaf)
+        for p in sorted(set(owners)):
+            start, stop = owners.index(p), count - owners[::-1].index(p)
+            complete = not divisible or stop - start == count
+            groups[p].append(
+                LeafSlice(i) if complete else LeafSlice(i, axis, start, stop)
+            )
+        bytes_before += _num_bytes(leaf)
     return groups
 
 
-def _by_layer(tree: PyTree, n: int) -> list[list[Piece]]:
-    """Deals layers in turn, and what belongs to none where there is least."""
-    groups, weights, rest = [[] for _ in range(n)], [0] * n, []
+def _by_layer(tree: PyTree, n: int) -> list[list[LeafSlice]]:
+    """Assigns layer i to fragment i mod n and other leaves to the smallest fragment."""
+    groups, totals, others = [[] for _ in range(n)], [0] * n, []
     for i, (path, leaf) in enumerate(jax.tree.leaves_with_path(tree)):
-        if number := _NUMBER.search(_name(path)):
+        if number := _NUMBER.search(_path_name(path)):
             p = int(number[0]) % n
-            groups[p].append(Piece(i))
-            weights[p] += _bytes(leaf)
+            groups[p].append(LeafSlice(i))
+            totals[p] += _num_bytes(leaf)
         else:
-            rest.append((i, _bytes(leaf)))
-    for i, size in sorted(rest, key=lambda pair: -pair[1]):
-        p = weights.index(min(weights))
-        groups[p].append(Piece(i))
-        weights[p] += size
-    return [sorted(pieces) for pieces in groups]
+            others.append((i, _num_bytes(leaf)))
+    _add_to_smallest(groups, totals, others)
+    return [sorted(group) for group in groups]
 
 
-def _by_label(tree: PyTree, n: int, label: Callable) -> list[list[Piece]]:
-    """Asks the user."""
+def _by_user_function(
+    tree: PyTree, n: int, function: Callable[[str], int]
+) -> list[list[LeafSlice]]:
+    """Assigns leaves by a user function of their path."""
     groups = [[] for _ in range(n)]
     for i, (path, _) in enumerate(jax.tree.leaves_with_path(tree)):
-        p = label(_name(path))
-        if p not in range(n):
-            raise ValueError(
-                f"fragment(by): it must give one of the {n} fragments 0 to {n - 1}, "
-                f"got {p!r} for {_name(path)!r}"
-            )
-        groups[p].append(Piece(i))
+        p, name = function(_path_name(path)), _path_name(path)
+        text = f"it must return a fragment from 0 to {n - 1} for {name!r}"
+        check(p in range(n), "fragment(grouping)", text, repr(p))
+        groups[p].append(LeafSlice(i))
     return groups
 
 
-def _name(path: tuple) -> str:
-    """Writes the path of a leaf."""
+def _path_name(path: tuple) -> str:
+    """Formats the path of a leaf, such as "layers.3.w"."""
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
-def _bytes(leaf: jax.Array) -> int:
-    """Returns the size of a leaf."""
+def _num_bytes(leaf: jax.Array) -> int:
+    """Returns the size of a leaf in bytes."""
     return leaf.size * leaf.dtype.itemsize

@@ -1,7 +1,8 @@
-"""Stich's theorems on local SGD: one function per statement, constants included.
+"""Bounds and lemmas of Stich 2019, one function per statement.
 
-Stich, Local SGD Converges Fast and Communicates Little, ICLR 2019. In all of it f is
-L-smooth and μ-strongly convex, and K workers sample from the same functions.
+All constants are included. Stich, Local SGD Converges Fast and Communicates Little,
+ICLR 2019. Throughout, f is L-smooth and μ-strongly convex, and all K workers sample
+from the same functions.
 """
 
 from localsgd_jax.theory.averages import (
@@ -20,22 +21,22 @@ from localsgd_jax.theory.bounds import (
     one_shot_bound,
     rate,
 )
-from localsgd_jax.theory.constants import Constants, Run, Terms
-from localsgd_jax.theory.estimate import (
+from localsgd_jax.theory.constants import BoundTerms, Constants, RunParameters
+from localsgd_jax.theory.estimation import (
     curvature,
     estimate,
     logistic_curvature,
     quadratic_curvature,
 )
 from localsgd_jax.theory.lemmas import descent, drift, mean_variance, telescope
-from localsgd_jax.theory.speedup import corrected_speedup, speedup
+from localsgd_jax.theory.speedup_models import corrected_speedup, speedup
 
 __all__ = [
     "AverageState",
     "Constants",
-    "Run",
+    "RunParameters",
     "RunningAverage",
-    "Terms",
+    "BoundTerms",
     "asynchronous_bound",
     "bound",
     "corrected_speedup",

@@ -1,4 +1,4 @@
-"""Stepsizes, and the weighted averages that the theorems speak of."""
+"""Step sizes and weighted iterate averages of the theorems."""
 
 import math
 from collections.abc import Callable
@@ -8,18 +8,22 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from localsgd_jax.theory.constants import at_least, check_curvature, require
+from localsgd_jax.core.pytrees import accumulation_dtype
+from localsgd_jax.core.validation import check, check_min
+from localsgd_jax.theory.constants import check_curvature
 
 
 def stepsize(mu: float, a: float) -> optax.Schedule:
-    """Builds the stepsize of the theorems, an optax schedule: ηₜ = 4/(μ(a + t)).
+    """Returns the step size of the theorems as an optax schedule.
+
+        ηₜ = 4/(μ(a + t))
 
     Args:
       mu: strong convexity μ.
       a: shift; see `shift`.
 
     Returns:
-      A function of t, a Python or a traced integer.
+      A function of t, a Python int or a traced integer.
 
     Raises:
       ValueError: if μ ≤ 0 or a ≤ 1.
@@ -31,13 +35,15 @@ def stepsize(mu: float, a: float) -> optax.Schedule:
     References:
       Stich 2019, Theorem 2.2.
     """
-    require(mu > 0, "stepsize(mu)", "mu must be positive", mu)
-    require(a > 1, "stepsize(a)", "a must exceed 1", a)
+    check(mu > 0, "stepsize(mu)", "mu must be positive", mu)
+    check(a > 1, "stepsize(a)", "a must exceed 1", a)
     return lambda count: 4.0 / (mu * (a + count))
 
 
 def shift(mu: float, smoothness: float, period: int, delay: int = 0) -> int:
-    """Finds the smallest integer shift allowed: a > max{16κ, H + τ}.
+    """Returns the smallest integer shift that the theorems allow.
+
+        a > max{16κ, H + τ}
 
     a > 16κ makes η₀ < 1/(4L), which Lemma 3.1 needs; a > H makes ηₜ ≤ 2 ηₜ₊ₕ, which
     Lemma 3.3 needs.
@@ -60,23 +66,25 @@ def shift(mu: float, smoothness: float, period: int, delay: int = 0) -> int:
       Stich 2019, Theorems 2.2 and 5.1.
     """
     check_curvature("shift", mu, smoothness)
-    at_least("shift", 1, period=period)
-    at_least("shift", 0, delay=delay)
+    check_min("shift", 1, period=period)
+    check_min("shift", 0, delay=delay)
     return math.floor(max(16 * smoothness / mu, period + delay)) + 1
 
 
 def weights(a: float, power: int = 2) -> optax.Schedule:
-    """Builds the weights of an averaged output: wₜ = (a + t)ᵖ.
+    """Returns the weights of an averaged output.
 
-    p = 2 with the shift of the stepsize gives the theorems' output, p = 1 with a = 1
-    the linearly weighted average, p = 0 the uniform one.
+        wₜ = (a + t)ᵖ
+
+    p = 2 with the shift of the step size gives the output of the theorems, p = 1 with
+    a = 1 the linearly weighted average, p = 0 the uniform average.
 
     Args:
       a: shift.
       power: p.
 
     Returns:
-      A function of t, a Python or a traced integer.
+      A function of t, a Python int or a traced integer.
 
     Raises:
       ValueError: if a ≤ 0 or p < 0.
@@ -88,16 +96,16 @@ def weights(a: float, power: int = 2) -> optax.Schedule:
     References:
       Stich 2019, Theorem 2.2.
     """
-    require(a > 0, "weights(a)", "a must be positive", a)
-    at_least("weights", 0, power=power)
-    # As a float: with a = 16κ of a real problem, a² is beyond int32.
+    check(a > 0, "weights(a)", "a must be positive", a)
+    check_min("weights", 0, power=power)
+    # A float, because a² exceeds int32 for a = 16κ of practical problems.
     return lambda count: (float(a) + count) ** power
 
 
 def weight_sum(steps: int, a: float) -> float:
-    """Sums the quadratic weights (a + t)² over t = 0, …, T − 1, exactly.
+    """Returns the exact sum of the quadratic weights.
 
-        S_T = (T/6)(2T² + 6aT − 3T + 6a² − 6a + 1) ≥ T³/3
+        S_T = Σ_{t=0}^{T−1} (a + t)² = (T/6)(2T² + 6aT − 3T + 6a² − 6a + 1) ≥ T³/3
 
     Args:
       steps: T.
@@ -116,12 +124,18 @@ def weight_sum(steps: int, a: float) -> float:
     References:
       Stich 2019, Lemma 3.4.
     """
-    at_least("weight_sum", 1, steps=steps, a=a)
+    check_min("weight_sum", 1, steps=steps, a=a)
     return steps * (2 * steps**2 + 6 * a * steps - 3 * steps + 6 * a**2 - 6 * a + 1) / 6
 
 
 class AverageState(NamedTuple):
-    """State of `running_average`: t, Sₜ and x̂ₜ."""
+    """State of `running_average`.
+
+    Attributes:
+      step: t.
+      total: Sₜ, the sum of the weights so far.
+      mean: x̂ₜ, the average so far.
+    """
 
     step: jax.Array
     total: jax.Array
@@ -129,27 +143,32 @@ class AverageState(NamedTuple):
 
 
 class RunningAverage(NamedTuple):
-    """Two pure functions: `init(params) -> state`, `update(state, params) -> state`."""
+    """A pair of pure functions that average iterates.
+
+    Attributes:
+      init: `init(params) -> state`.
+      update: `update(state, params) -> state`.
+    """
 
     init: Callable[[Any], AverageState]
     update: Callable[[AverageState, Any], AverageState]
 
 
 def running_average(weight: Callable) -> RunningAverage:
-    """Averages the iterates with weights wₜ while the run goes on, for any pytree.
+    """Averages iterates online with weights wₜ.
 
         Sₜ₊₁ = Sₜ + wₜ
         x̂ₜ₊₁ = x̂ₜ + (wₜ/Sₜ₊₁)(xₜ − x̂ₜ)
 
-    wₜ weighs xₜ, the iterate before step t: update first, then step. The theorems'
-    output is the workers' mean of x̂_T: give every worker an average of its own and
-    take their mean at the end. The mean is held in float32 at least.
+    wₜ is the weight of xₜ, the iterate before step t: call `update` first, then step.
+    The output of the theorems is the workers' mean of x̂_T: keep one average per
+    worker and take their mean at the end. The average is stored in float32 at least.
 
     Args:
       weight: function of t; see `weights`.
 
     Returns:
-      `init` and `update`; `state.mean` is the average so far.
+      `init` and `update`, for any pytree; `state.mean` is the average so far.
 
     Example:
       >>> average = running_average(weights(a=3))
@@ -164,7 +183,7 @@ def running_average(weight: Callable) -> RunningAverage:
     """
 
     def zeros(x):
-        return jnp.zeros_like(x, jnp.promote_types(jnp.result_type(x), jnp.float32))
+        return jnp.zeros_like(x, accumulation_dtype(x))
 
     def init(params):
         step, total = jnp.zeros((), jnp.int32), jnp.zeros(())

@@ -1,19 +1,20 @@
-"""The bounds on the error of a run: Stich 2019, Theorems 2.2 and 5.1."""
+"""Error bounds of Stich 2019: Theorems 2.2 and 5.1, Corollary 2.3."""
 
 import math
 
+from localsgd_jax.core.validation import check, check_min
 from localsgd_jax.theory.averages import weight_sum
 from localsgd_jax.theory.constants import (
+    BoundTerms,
     Constants,
-    Run,
-    Terms,
-    at_least,
-    check,
-    require,
+    RunParameters,
+    check_parameters,
 )
 
 
-def bound(constants: Constants, run: Run, distance: float, a: float) -> Terms:
+def bound(
+    constants: Constants, run: RunParameters, distance: float, a: float
+) -> BoundTerms:
     """Bounds the error of local SGD (Theorem 2.2).
 
         E f(x̂_T) − f* ≤ (μa³/(2S_T)) ‖x₀ − x*‖² + (4T(T + 2a)/(μKS_T)) σ²/b
@@ -22,7 +23,7 @@ def bound(constants: Constants, run: Run, distance: float, a: float) -> Terms:
     Assumes `stepsize(mu, a)` and the output x̂_T with `weights(a)`, over all workers.
 
     Args:
-      constants, run: of the problem and of the run.
+      constants, run: constants of the problem and parameters of the run.
       distance: ‖x₀ − x*‖².
       a: shift, above max{16κ, H}.
 
@@ -30,39 +31,42 @@ def bound(constants: Constants, run: Run, distance: float, a: float) -> Terms:
       The three terms; their `sum` is the bound.
 
     Raises:
-      ValueError: if a ≤ max{16κ, H}, H > T, or a constant is impossible.
+      ValueError: if a ≤ max{16κ, H}, H > T, or a constant is out of range.
 
     Example:
-      >>> run = Run(workers=4, period=4, steps=1000)
+      >>> run = RunParameters(workers=4, period=4, steps=1000)
       >>> round(sum(bound(Constants(1.0, 1.0, 1.0, 1.0), run, distance=1.0, a=17)), 8)
       0.01465974
 
     References:
       Stich 2019, Theorem 2.2.
     """
-    check("bound", constants, run)
+    check_parameters("bound", constants, run)
     mu, smoothness, variance, second_moment = constants
     workers, period, steps, batch = run
-    at_least("bound", 0, distance=distance)
+    check_min("bound", 0, distance=distance)
     least = max(16 * smoothness / mu, period)
-    require(a > least, "bound(a)", f"a must exceed max(16 kappa, H) = {least}", a)
+    check(a > least, "bound(a)", f"a must exceed max(16 kappa, H) = {least}", a)
     total = weight_sum(steps, a)
-    return Terms(
-        start=mu * a**3 / (2 * total) * distance,
+    return BoundTerms(
+        initial=mu * a**3 / (2 * total) * distance,
         noise=4 * steps * (steps + 2 * a) / (mu * workers * total) * variance / batch,
         drift=256 * steps / (mu**2 * total) * second_moment * period**2 * smoothness,
     )
 
 
-def one_shot_bound(constants: Constants, run: Run, distance: float, a: float) -> Terms:
-    """Bounds the error of averaging only once, at the end: Theorem 2.2 with H = T.
+def one_shot_bound(
+    constants: Constants, run: RunParameters, distance: float, a: float
+) -> BoundTerms:
+    """Bounds the error of one-shot averaging: Theorem 2.2 with H = T.
 
-    It promises little: with a just above T, the least allowed, the drift term tends
-    to (768/7)κG²/μ, whatever K and T. That limits the proof; one-shot averaging
-    itself may do better.
+    The bound does not vanish: with a just above T, the smallest allowed value, the
+    drift term tends to (768/7)κG²/μ for all K and T. This is a limit of the proof; the
+    error of one-shot averaging may be smaller.
 
     Args:
-      constants, run: of the problem and of the run, whose period is not used.
+      constants, run: constants of the problem and parameters of the run; the period
+        is not used.
       distance: ‖x₀ − x*‖².
       a: shift, above max{16κ, T}.
 
@@ -70,10 +74,10 @@ def one_shot_bound(constants: Constants, run: Run, distance: float, a: float) ->
       The three terms; their `sum` is the bound.
 
     Raises:
-      ValueError: if a ≤ max{16κ, T}, or a constant is impossible.
+      ValueError: if a ≤ max{16κ, T}, or a constant is out of range.
 
     Example:
-      >>> run = Run(workers=8, period=1, steps=10**6)
+      >>> run = RunParameters(workers=8, period=1, steps=10**6)
       >>> terms = one_shot_bound(Constants(1.0, 1.0, 1.0, 1.0), run, 1.0, a=10**6 + 1)
       >>> round(terms.drift, 2), round(768 / 7, 2)
       (109.71, 109.71)
@@ -84,64 +88,65 @@ def one_shot_bound(constants: Constants, run: Run, distance: float, a: float) ->
     return bound(constants, run._replace(period=run.steps), distance, a)
 
 
-def rate(constants: Constants, run: Run) -> Terms:
+def rate(constants: Constants, run: RunParameters) -> BoundTerms:
     """Bounds the error without x₀ and S_T (Corollary 2.3).
 
         E f(x̂_T) − f* ≤ (12/(μKT) + 24a/(μKT²)) σ²/b + (768κH²/(μT²)) G²
                         + (6a³/(μT³)) G²,  a = max{16κ, H}
 
     Published as O(·): these constants follow from Theorem 2.2 with S_T ≥ T³/3 and
-    ‖x₀ − x*‖ ≤ 2G/μ. The first term leads once H = O(√(T/(Kb))): linear speedup.
+    ‖x₀ − x*‖ ≤ 2G/μ. The first term dominates if H = O(√(T/(Kb))): linear speedup.
 
     Args:
-      constants, run: of the problem and of the run.
+      constants, run: constants of the problem and parameters of the run.
 
     Returns:
       The three terms; their `sum` is the bound.
 
     Raises:
-      ValueError: if H > T, or a constant is impossible.
+      ValueError: if H > T, or a constant is out of range.
 
     Example:
-      >>> run = Run(workers=4, period=4, steps=1000)
+      >>> run = RunParameters(workers=4, period=4, steps=1000)
       >>> round(sum(rate(Constants(1.0, 1.0, 1.0, 1.0), run)), 8)
       0.01540858
 
     References:
       Stich 2019, Corollary 2.3.
     """
-    check("rate", constants, run)
+    check_parameters("rate", constants, run)
     mu, smoothness, variance, second_moment = constants
     workers, period, steps, batch = run
     kappa = smoothness / mu
     a = max(16 * kappa, period)
     noise = 12 / (mu * workers * steps) + 24 * a / (mu * workers * steps**2)
-    return Terms(
-        start=6 * a**3 / (mu * steps**3) * second_moment,
+    return BoundTerms(
+        initial=6 * a**3 / (mu * steps**3) * second_moment,
         noise=noise * variance / batch,
         drift=768 * kappa * period**2 / (mu * steps**2) * second_moment,
     )
 
 
-def longest_period(constants: Constants, run: Run, a: float) -> int:
-    """Finds the largest H that keeps linear speedup: drift term ≤ noise term.
+def longest_period(constants: Constants, run: RunParameters, a: float) -> int:
+    """Returns the largest H with linear speedup: drift term ≤ noise term.
 
         H = ⌊√(σ²(T + 2a)/(64κKbG²))⌋ = O(√(T/(Kb))),  1 ≤ H ≤ T, H < a
 
-    Never below 1: workers that always agree do not drift.
+    At least 1, since workers that are averaged after every step do not drift.
 
     Args:
-      constants, run: of the problem and of the run, whose period is not used.
+      constants, run: constants of the problem and parameters of the run; the period
+        is not used.
       a: shift, above 16κ.
 
     Returns:
       The period H.
 
     Raises:
-      ValueError: if a ≤ 16κ, G² = 0, or a constant is impossible.
+      ValueError: if a ≤ 16κ, G² = 0, or a constant is out of range.
 
     Example:
-      >>> run = Run(workers=4, period=1, steps=10**6)
+      >>> run = RunParameters(workers=4, period=1, steps=10**6)
       >>> longest_period(Constants(1.0, 1.0, 1.0, 1.0), run, a=100)
       62
 
@@ -149,7 +154,7 @@ def longest_period(constants: Constants, run: Run, a: float) -> int:
       Stich 2019, Corollary 2.3; the constant from Theorem 2.2's terms.
     """
     call, rule = "longest_period(constants)", "second_moment must be positive"
-    require(constants.second_moment > 0, call, rule, constants.second_moment)
+    check(constants.second_moment > 0, call, rule, constants.second_moment)
     terms = bound(constants, run._replace(period=1), 0.0, a)
     balanced = math.floor(math.sqrt(terms.noise / terms.drift))
     return max(1, min(balanced, run.steps, math.ceil(a) - 1))
@@ -157,13 +162,13 @@ def longest_period(constants: Constants, run: Run, a: float) -> int:
 
 def asynchronous_bound(
     constants: Constants,
-    run: Run,
+    run: RunParameters,
     distance: float,
     a: float,
     delay: int,
     coefficient: float = 768,
-) -> Terms:
-    """Bounds the error when workers synchronise on their own clocks (Theorem 5.1).
+) -> BoundTerms:
+    """Bounds the error of asynchronous local SGD (Theorem 5.1).
 
         E f(x̂_T) − f* ≤ (μa³/(2S_T)) ‖x₀ − x*‖² + (4T(T + 2a)/(μKS_T)) σ²/b
                         + (768T/(μ²S_T)) G²(H + τ)²L
@@ -173,28 +178,28 @@ def asynchronous_bound(
 
         ηₜG (2 Σ_{1≤m<H} (1 + m/a) + Σ_{H≤m<H+n} (1 + m/a)),
 
-    a worker's own steps since it read, twice, and the steps missing when it read,
-    once. If every step reaches the shared copy within τ steps, n = τ and the sum is
-    at most 3(H + τ): 64·3² = 576 is proved, so that 768 holds. If τ counts from the
-    write, up to H − 1 steps later, n = H + τ − 1 and the sum is at most 5.5(H + τ):
-    64·5.5² = 1936 is proved.
+    where a worker's own steps since its last read count twice, and the steps that
+    were missing in that read count once. If every step reaches the shared copy within
+    τ steps, n = τ and the sum is at most 3(H + τ): 64·3² = 576 is proved, so that 768
+    holds. If τ counts from the write, up to H − 1 steps later, n = H + τ − 1 and the
+    sum is at most 5.5(H + τ): 64·5.5² = 1936 is proved.
 
     Args:
-      constants, run: of the problem and of the run.
+      constants, run: constants of the problem and parameters of the run.
       distance: ‖x₀ − x*‖².
       a: shift, above max{16κ, H + τ}.
       delay: τ.
-      coefficient: what stands for 768.
+      coefficient: the constant of the drift term, 768 in the equation.
 
     Returns:
       The three terms; their `sum` is the bound.
 
     Raises:
-      ValueError: if τ < 0, a ≤ max{16κ, H + τ}, H + τ > T, or a constant is
-        impossible.
+      ValueError: if τ < 0, a ≤ max{16κ, H + τ}, H + τ > T, or a constant is out
+        of range.
 
     Example:
-      >>> run = Run(workers=4, period=2, steps=1000)
+      >>> run = RunParameters(workers=4, period=2, steps=1000)
       >>> ones = Constants(1.0, 1.0, 1.0, 1.0)
       >>> round(asynchronous_bound(ones, run, distance=1.0, a=17, delay=2).drift, 8)
       0.03509799
@@ -202,10 +207,10 @@ def asynchronous_bound(
     References:
       Stich 2019, Theorem 5.1.
     """
-    at_least("asynchronous_bound", 0, delay=delay)
-    check("asynchronous_bound", constants, run)
+    check_min("asynchronous_bound", 0, delay=delay)
+    check_parameters("asynchronous_bound", constants, run)
     reach, call = run.period + delay, "asynchronous_bound(period, delay)"
     rule = f"period + delay must be at most steps = {run.steps}"
-    require(reach <= run.steps, call, rule, run.period, delay)
+    check(reach <= run.steps, call, rule, run.period, delay)
     terms = bound(constants, run._replace(period=reach), distance, a)
     return terms._replace(drift=coefficient / 256 * terms.drift)

@@ -1,10 +1,14 @@
-"""What the theorems know of a problem and of a run, and what they refuse."""
+"""Problem constants and run parameters of the bounds, with validation."""
 
 from typing import NamedTuple
 
+from localsgd_jax.core.validation import check, check_min
+
 
 class Constants(NamedTuple):
-    """What the bounds know of a problem; σ² and G² hold all along the run.
+    """Constants of an optimisation problem.
+
+    σ² and G² hold along the whole run.
 
     Attributes:
       mu: strong convexity μ.
@@ -19,12 +23,12 @@ class Constants(NamedTuple):
     second_moment: float
 
 
-class Run(NamedTuple):
-    """What the bounds know of a run.
+class RunParameters(NamedTuple):
+    """Parameters of a run of local SGD.
 
     Attributes:
       workers: K.
-      period: H, the most steps between two synchronisations.
+      period: H, the largest number of steps between two synchronisations.
       steps: T, of every worker.
       batch: b, samples per worker and step.
     """
@@ -35,46 +39,37 @@ class Run(NamedTuple):
     batch: int = 1
 
 
-class Terms(NamedTuple):
-    """The three terms of a bound, which is their `sum`.
+class BoundTerms(NamedTuple):
+    """The three terms of a bound; the bound is their `sum`.
 
     Attributes:
-      start: what is left of the distance from x₀ to x*.
-      noise: what sampling costs; more workers make it smaller.
-      drift: what it costs that workers stray between synchronisations.
+      initial: term of the initial distance from x₀ to x*.
+      noise: term of the sampling noise; it shrinks with more workers.
+      drift: term of the drift of workers between synchronisations.
     """
 
-    start: float
+    initial: float
     noise: float
     drift: float
 
 
-def check(name, constants, run):
-    """Refuses impossible constants of a problem or a run."""
-    mu, smoothness, variance, second_moment = constants
-    check_curvature(name, mu, smoothness)
-    at_least(name, 0, variance=variance, second_moment=second_moment)
-    at_least(name, 1, **run._asdict())
-    call, rule = f"{name}(period, steps)", "period must be at most steps"
-    require(run.period <= run.steps, call, rule, run.period, run.steps)
+def check_parameters(call: str, constants: Constants, run: RunParameters) -> None:
+    """Raises a ValueError if a constant or parameter is out of range."""
+    check_curvature(call, constants.mu, constants.smoothness)
+    check_min(
+        call,
+        0,
+        variance=constants.variance,
+        second_moment=constants.second_moment,
+    )
+    check_min(call, 1, **run._asdict())
+    rule = "period must be at most steps"
+    period, steps = run.period, run.steps
+    check(period <= steps, f"{call}(period, steps)", rule, period, steps)
 
 
-def check_curvature(name, mu, smoothness):
-    """Refuses anything but 0 < μ ≤ L."""
-    require(mu > 0, f"{name}(mu)", "mu must be positive", mu)
-    call, rule = f"{name}(mu, smoothness)", "mu must be at most smoothness"
-    require(mu <= smoothness, call, rule, mu, smoothness)
-
-
-def at_least(name, least, **values):
-    """Refuses smaller values."""
-    for key, value in values.items():
-        require(
-            value >= least, f"{name}({key})", f"{key} must be at least {least}", value
-        )
-
-
-def require(holds, call, rule, *values):
-    """Raises with the call, the rule and the values, unless the rule holds."""
-    if not holds:
-        raise ValueError(f"{call}: {rule}, got {' and '.join(map(str, values))}")
+def check_curvature(call: str, mu: float, smoothness: float) -> None:
+    """Raises a ValueError unless 0 < μ ≤ L."""
+    check(mu > 0, f"{call}(mu)", "mu must be positive", mu)
+    rule = "mu must be at most smoothness"
+    check(mu <= smoothness, f"{call}(mu, smoothness)", rule, mu, smoothness)

@@ -1,7 +1,8 @@
-"""The four lemmas behind the theorems: Stich 2019, Lemmas 3.1 to 3.4."""
+"""Lemmas of the theorems: Lemmas 3.1 to 3.4 of Stich 2019."""
 
+from localsgd_jax.core.validation import check, check_min
 from localsgd_jax.theory.averages import weight_sum
-from localsgd_jax.theory.constants import Terms, at_least, check_curvature, require
+from localsgd_jax.theory.constants import BoundTerms, check_curvature
 
 
 def descent(
@@ -13,7 +14,7 @@ def descent(
     mu: float,
     smoothness: float,
 ) -> float:
-    """Bounds the distance to x* after one step of the workers' mean (Lemma 3.1).
+    """Bounds the distance of the mean to x* after a step (Lemma 3.1).
 
         E‖x̄ₜ₊₁ − x*‖² ≤ (1 − μη)‖x̄ₜ − x*‖² + η² E‖g − ḡ‖² − ½η(f(x̄ₜ) − f*)
                         + 2ηL (1/K)Σₖ‖x̄ₜ − xₜᵏ‖²
@@ -40,17 +41,19 @@ def descent(
     check_curvature("descent", mu, smoothness)
     largest = 1 / (4 * smoothness)
     rule = f"learning_rate must be at most 1/(4 smoothness) = {largest}"
-    require(learning_rate <= largest, "descent(learning_rate)", rule, learning_rate)
+    check(learning_rate <= largest, "descent(learning_rate)", rule, learning_rate)
     contracted = (1 - mu * learning_rate) * distance + learning_rate**2 * variance
     return contracted - learning_rate * gap / 2 + 2 * learning_rate * smoothness * drift
 
 
 def mean_variance(variance: float, workers: int, batch: int = 1) -> float:
-    """Bounds the variance of the workers' mean gradient: E‖g − ḡ‖² ≤ σ²/(Kb).
+    """Bounds the variance of the workers' mean gradient (Lemma 3.2).
+
+        E‖g − ḡ‖² ≤ σ²/(Kb)
 
     Args:
       variance: σ².
-      workers, batch: K and b, all drawn independently.
+      workers, batch: K and b; all K·b samples are drawn independently.
 
     Returns:
       The right-hand side.
@@ -65,20 +68,20 @@ def mean_variance(variance: float, workers: int, batch: int = 1) -> float:
     References:
       Stich 2019, Lemma 3.2.
     """
-    at_least("mean_variance", 1, workers=workers, batch=batch)
+    check_min("mean_variance", 1, workers=workers, batch=batch)
     return variance / (workers * batch)
 
 
 def drift(learning_rate: float, second_moment: float, period: int) -> float:
-    """Bounds how far the workers stray from their mean (Lemma 3.3).
+    """Bounds the mean squared distance of workers to their mean (Lemma 3.3).
 
         (1/K)Σₖ E‖x̄ₜ − xₜᵏ‖² ≤ 4 ηₜ² G² H²
 
-    Assumes that η never grows and ηₜ ≤ 2 ηₜ₊ₕ; neither smoothness nor convexity. Why
-    4: since the last synchronisation s a worker has added fewer than H steps, each at
-    most ηₛG in root mean square, so its drift is below ηₛ²G²H², and ηₛ ≤ 2ηₜ enters
-    squared. Workers that run straight apart refute a 2, and only 4 leads to the
-    256 = 64·4 of Theorem 2.2.
+    Assumes that η is non-increasing and ηₜ ≤ 2 ηₜ₊ₕ, but neither smoothness nor
+    convexity. The factor 4: since the last synchronisation s a worker has added fewer
+    than H steps, each at most ηₛG in root mean square, so its drift is below ηₛ²G²H²,
+    and ηₛ ≤ 2ηₜ enters squared. Workers that move in opposite directions are a
+    counterexample to a factor of 2, and only 4 gives the 256 = 64·4 of Theorem 2.2.
 
     Args:
       learning_rate: ηₜ.
@@ -98,14 +101,14 @@ def drift(learning_rate: float, second_moment: float, period: int) -> float:
     References:
       Stich 2019, Lemma 3.3.
     """
-    at_least("drift", 1, period=period)
+    check_min("drift", 1, period=period)
     return 4 * learning_rate**2 * second_moment * period**2
 
 
 def telescope(
     first: float, noise: float, drift: float, mu: float, steps: int, a: float
-) -> Terms:
-    """Unrolls the recursion behind the theorems (Lemma 3.4).
+) -> BoundTerms:
+    """Unrolls the recursion of the theorems (Lemma 3.4).
 
     If rₜ₊₁ ≤ (1 − μηₜ)rₜ − ηₜAeₜ + ηₜ²B + ηₜ³C with rₜ, eₜ ≥ 0 and ηₜ = 4/(μ(a + t)):
 
@@ -125,16 +128,16 @@ def telescope(
 
     Example:
       >>> telescope(4.0, 2.0, 10.0, mu=4.0, steps=7, a=3)
-      Terms(start=0.38571428571428573, noise=0.325, drift=0.25)
+      BoundTerms(initial=0.38571428571428573, noise=0.325, drift=0.25)
 
     References:
       Stich 2019, Lemma 3.4.
     """
-    require(mu > 0, "telescope(mu)", "mu must be positive", mu)
-    require(a > 1, "telescope(a)", "a must exceed 1", a)
+    check(mu > 0, "telescope(mu)", "mu must be positive", mu)
+    check(a > 1, "telescope(a)", "a must exceed 1", a)
     total = weight_sum(steps, a)
-    return Terms(
-        start=mu * a**3 / (4 * total) * first,
+    return BoundTerms(
+        initial=mu * a**3 / (4 * total) * first,
         noise=2 * steps * (steps + 2 * a) / (mu * total) * noise,
         drift=16 * steps / (mu**2 * total) * drift,
     )

@@ -1,0 +1,98 @@
+"""Assertion that a compiled step contains no collectives along given mesh axes."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from localsgd_jax.analysis import compilation
+from localsgd_jax.analysis.ops import CollectiveOp, filter_by_axis, parse_collective_ops
+from localsgd_jax.analysis.table import format_table
+
+
+class UnexpectedCollectiveError(AssertionError):
+    """A step contains collectives along a mesh axis where none are allowed.
+
+    Attributes:
+      collectives: these collectives.
+    """
+
+    def __init__(self, message: str, collectives: tuple[CollectiveOp, ...]) -> None:
+        """Stores the collectives."""
+        super().__init__(message)
+        self.collectives = collectives
+
+
+def assert_no_collectives(
+    step: Callable,
+    *args: Any,
+    axis: str | Sequence[str] = "worker",
+    mesh: Any = None,
+    **kwargs: Any,
+) -> tuple[CollectiveOp, ...]:
+    """Asserts that a compiled step contains no collectives along a mesh axis.
+
+    The step is compiled, not run. Collectives along other axes are allowed: a worker
+    that is itself sharded needs them.
+
+    Args:
+      step: a function, jitted or not, or a compiled program.
+      *args, **kwargs: its arguments or their `jax.ShapeDtypeStruct`, with shardings.
+      axis: the mesh axis, or several.
+      mesh: the mesh; None for the mesh of the arguments.
+
+    Returns:
+      The collectives along other axes.
+
+    Raises:
+      UnexpectedCollectiveError: an AssertionError with a table of the collectives and
+        their source locations.
+      ValueError: if no mesh is known, if it has no such axis, or if the axis has size
+        1, so that the check would be vacuous.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jax.sharding import NamedSharding, PartitionSpec
+      >>> mesh = jax.make_mesh((jax.device_count(),), ("worker",))
+      >>> sharding = NamedSharding(mesh, PartitionSpec("worker"))
+      >>> losses = jax.device_put(jnp.zeros(jax.device_count()), sharding)
+      >>> assert_no_collectives(lambda x: 2 * x, losses)
+      ()
+      >>> try:
+      ...     assert_no_collectives(jnp.mean, losses)
+      ... except UnexpectedCollectiveError as error:
+      ...     error.collectives[0].name, error.collectives[0].axes
+      ('all-reduce', ('worker',))
+    """
+    names = (axis,) if isinstance(axis, str) else tuple(axis)
+    compiled = compilation.compile_program(step, args, kwargs)
+    sizes = compilation.axis_sizes(compiled, mesh, (args, kwargs))
+    _check_axis_sizes(names, sizes)
+    ops = parse_collective_ops(compiled.as_text(), sizes)
+    violations = filter_by_axis(ops, names)
+    if violations:
+        raise UnexpectedCollectiveError(
+            "assert_no_collectives(step): step must contain no collectives along "
+            f"{' and '.join(names)}, got {len(violations)}\n\n"
+            + format_table(violations),
+            violations,
+        )
+    return ops
+
+
+def _check_axis_sizes(names: Sequence[str], sizes: Mapping[str, int] | None) -> None:
+    """Raises if the program has no mesh, or if an axis is missing or of size 1."""
+    if sizes is None:
+        raise ValueError(
+            "assert_no_collectives(step): the arguments are not on a mesh; pass "
+            "mesh=..., or arguments with shardings"
+        )
+    for name in names:
+        if name not in sizes:
+            raise ValueError(
+                f"assert_no_collectives(axis): the mesh has the axes {tuple(sizes)}, "
+                f"got {name!r}"
+            )
+        if sizes[name] < 2:
+            raise ValueError(
+                f"assert_no_collectives(axis): the mesh axis {name!r} has size 1, so "
+                "the check is vacuous"
+            )

@@ -1,0 +1,45 @@
+"""Import of user functions by entry-point name `module:function`."""
+
+import pkgutil
+import sys
+from collections.abc import Callable
+
+
+def import_function(name: str) -> Callable:
+    """Imports a function by its entry-point name `module:function`.
+
+    Args:
+      name: entry-point name. The working directory is searched for the module, too.
+
+    Returns:
+      The function.
+
+    Raises:
+      ValueError: if the name has another form, or if there is no such module or
+        function. An import that fails within the module raises its own error.
+
+    Example:
+      >>> import_function("math:sqrt")(9)
+      3.0
+    """
+    module, _, function = name.partition(":")
+    if not module or not function:
+        raise ValueError(
+            f"MODULE:FUNCTION: a name like module:function is needed, got {name!r}"
+        )
+    sys.path.insert(0, "")
+    try:
+        imported = pkgutil.resolve_name(name)
+    except ModuleNotFoundError as error:
+        if (error.name or "") not in (module, module.partition(".")[0]):
+            raise
+        raise ValueError(f"{name}: there is no module {error.name!r}") from None
+    except AttributeError as error:
+        if error.obj is not sys.modules.get(module):
+            raise
+        imported = None
+    finally:
+        sys.path.remove("")
+    if not callable(imported):
+        raise ValueError(f"{name}: module {module} has no function {function!r}")
+    return imported

@@ -1,0 +1,69 @@
+"""Text tables of collective ops."""
+
+from collections import Counter
+from collections.abc import Iterable
+
+from localsgd_jax.analysis.ops import Branch, CollectiveOp, Loop
+
+_HEADINGS = (
+    *("collective", "type", "bytes", "sent", "axes"),
+    *("control flow", "overlaps", "source"),
+)
+
+
+def format_table(ops: Iterable[CollectiveOp]) -> str:
+    """Formats collective ops as a table, one line per op.
+
+    The columns: name, element types, bytes of the operands on a device, bytes that a
+    device sends per execution, mesh axes, loops and branches around the op ("always" if
+    there are none), opcodes that run between start and done ("synchronous" if the
+    devices wait for the op), and source location.
+
+    Args:
+      ops: collective ops.
+
+    Returns:
+      The lines of the table.
+
+    Example:
+      >>> groups = ((0, 1, 2, 3, 4, 5, 6, 7),)
+      >>> op = CollectiveOp("all-reduce", ("f32",), 80, 140.0, groups, ("worker",),
+      ...                   (Loop("while", 3),))
+      >>> print(format_table([op]))
+      collective  type  bytes  sent  axes    control flow  overlaps     source
+      all-reduce  f32   80     140   worker  loop of 3     synchronous  unknown
+    """
+    rows = [_HEADINGS, *map(_format_row, ops)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+    return "\n".join(lines)
+
+
+def _format_row(op: CollectiveOp) -> tuple[str, ...]:
+    """Formats the cells of an op."""
+    return (
+        op.name,
+        "+".join(op.dtypes),
+        f"{op.bytes}",
+        f"{op.bytes_sent:.0f}",
+        "?" if op.axes is None else "+".join(op.axes) or "none",
+        ", ".join(map(_format_control_flow, op.control_flow)) or "always",
+        _format_overlap(op.overlapped_ops),
+        str(op.source or "unknown"),
+    )
+
+
+def _format_control_flow(scope: Loop | Branch) -> str:
+    """Formats a loop or a branch."""
+    if isinstance(scope, Branch):
+        return f"branch {scope.index + 1} of {scope.count}"
+    return f"loop of {'?' if scope.trip_count is None else scope.trip_count}"
+
+
+def _format_overlap(opcodes: tuple[str, ...] | None) -> str:
+    """Formats the overlapped opcodes with their counts."""
+    if opcodes is None:
+        return "synchronous"
+    counts = Counter(opcodes).items()
+    parts = (name if count == 1 else f"{count} {name}" for name, count in counts)
+    return ", ".join(parts) or "nothing"

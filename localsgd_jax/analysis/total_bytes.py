@@ -1,0 +1,93 @@
+"""Bytes sent by a program with loops and conditionals."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from localsgd_jax.analysis.ops import Branch, CollectiveOp, Loop, filter_by_axis
+
+# Least and most bytes.
+_Range: TypeAlias = tuple[float, float]
+
+
+def total_bytes_sent(
+    ops: Iterable[CollectiveOp], axis: str | Sequence[str] | None = None
+) -> tuple[float, float]:
+    """Returns the least and the most bytes that a device sends per execution.
+
+    Loops count with their trip count. If the branches of a conditional differ, the
+    cheapest branch counts for the minimum and the most expensive one for the maximum.
+
+    Args:
+      ops: collective ops of one program.
+      axis: one mesh axis, or several; None for all. An op along several axes counts
+        for each of them.
+
+    Returns:
+      The least and the most bytes. A loop without a static trip count contributes 0
+      to the minimum and infinity to the maximum.
+
+    Example:
+      >>> groups = ((0, 1, 2, 3, 4, 5, 6, 7),)
+      >>> psum = CollectiveOp("all-reduce", ("f32",), 80, 140.0, groups, ("worker",),
+      ...                     (Branch("cond", 1, 2), Loop("while", 3)))
+      >>> total_bytes_sent([psum]), total_bytes_sent([psum], axis="model")
+      ((0, 420.0), (0, 0))
+    """
+    root = _Sequence()
+    for op in filter_by_axis(ops, axis):
+        root.add(op.control_flow, op.bytes_sent)
+    return root.bytes_range()
+
+
+@dataclass
+class _Sequence:
+    """A node of the control-flow tree: ops, loops and conditionals that all run.
+
+    Attributes:
+      ops: bytes sent by the ops outside inner loops and conditionals.
+      loops: bodies of the loops.
+      conditionals: branches of the conditionals, by name.
+    """
+
+    ops: list[float] = field(default_factory=list)
+    loops: "dict[Loop, _Sequence]" = field(default_factory=dict)
+    conditionals: "dict[str, dict[Branch, _Sequence]]" = field(default_factory=dict)
+
+    def add(self, control_flow: Sequence[Loop | Branch], bytes_sent: float) -> None:
+        """Adds an op below its loops and branches, outermost first."""
+        if not control_flow:
+            self.ops.append(bytes_sent)
+            return
+        scope, *inner = control_flow
+        if isinstance(scope, Loop):
+            child = self.loops.setdefault(scope, _Sequence())
+        else:
+            branches = self.conditionals.setdefault(scope.name, {})
+            child = branches.setdefault(scope, _Sequence())
+        child.add(inner, bytes_sent)
+
+    def bytes_range(self) -> _Range:
+        """Returns the sum over the node."""
+        parts = [(sent, sent) for sent in self.ops]
+        parts += [_loop_range(loop, body) for loop, body in self.loops.items()]
+        parts += map(_conditional_range, self.conditionals.values())
+        return sum(least for least, _ in parts), sum(most for _, most in parts)
+
+
+def _loop_range(loop: Loop, body: _Sequence) -> _Range:
+    """Returns the bytes of all iterations of a loop."""
+    least, most = body.bytes_range()
+    if loop.trip_count is None:
+        return 0, math.inf if most else 0
+    return loop.trip_count * least, loop.trip_count * most
+
+
+def _conditional_range(branches: dict[Branch, _Sequence]) -> _Range:
+    """Returns the bytes of the cheapest and of the most expensive branch."""
+    ranges = [branch.bytes_range() for branch in branches.values()]
+    # A branch without ops is not in the tree and sends nothing.
+    some_branch_is_empty = len(branches) < next(iter(branches)).count
+    least = 0 if some_branch_is_empty else min(least for least, _ in ranges)
+    return least, max(most for _, most in ranges)

@@ -1,0 +1,1 @@
+"""Core types, the algorithm of one worker, collectives and validation."""

@@ -1,0 +1,256 @@
+"""The algorithm of one worker: local steps and a rule per field."""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from localsgd_jax.core import train_state
+from localsgd_jax.core.types import Algorithm, PyTree, RuleState, SyncContext, SyncRule
+from localsgd_jax.core.validation import check_rule
+
+
+class WorkerState(NamedTuple):
+    """Train state of one worker of `local_sgd`.
+
+    Attributes:
+      params: parameters xₖ.
+      opt_state: state of the inner optimizer.
+    """
+
+    params: PyTree
+    opt_state: PyTree
+
+
+def local_sgd(
+    loss_fn: Callable,
+    optimizer: optax.GradientTransformation,
+    rule: SyncRule | Mapping[str, SyncRule],
+    *,
+    has_aux: bool = False,
+) -> Algorithm:
+    """Creates local SGD from a loss function and an optax optimizer.
+
+    Each worker k takes steps on its own batches ξ, and a rule synchronises all workers:
+
+        xₖ ← xₖ + optimizer(∇f(xₖ; ξ))
+        x₁, …, x_K ← rule(x₁, …, x_K)
+
+    Optimizers with extra arguments, such as `optax.lbfgs` and `optax.polyak_sgd`,
+    receive `value`, `grad` and `value_fn`.
+
+    Args:
+      loss_fn: `loss_fn(params, batch)` returns a scalar, or with `has_aux` a pair of a
+        scalar and any pytree.
+      optimizer: any optax optimizer; by default its state is not synchronised.
+      rule: rule for the parameters, or a dict of rules for "params" and "opt_state".
+      has_aux: as in `jax.value_and_grad`.
+
+    Returns:
+      An algorithm for `simulate` or `on_mesh`. Its metrics are `{"loss": …}`, with
+      `has_aux` also `"aux"`.
+
+    Raises:
+      TypeError: if an argument has the wrong type; when traced, if the loss is not a
+        floating point scalar.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> import localsgd_jax as lsgd
+      >>> def loss_fn(params, batch):
+      ...     inputs, targets = batch
+      ...     return jnp.mean((inputs @ params["w"] - targets) ** 2)
+      >>> algorithm = local_sgd(loss_fn, optax.adam(1e-3), rule=lsgd.average())
+
+    References:
+      Stich, Local SGD Converges Fast and Communicates Little, 2019, Algorithm 1.
+      arXiv:1805.09767
+    """
+    if not callable(loss_fn):
+        raise TypeError(
+            f"local_sgd(loss_fn): loss_fn must be callable, got {loss_fn!r}"
+        )
+    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        raise TypeError(
+            "local_sgd(optimizer): an optax optimizer is needed, such as "
+            f"optax.sgd(0.1); got {optimizer!r}"
+        )
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    def scalar_loss(params: PyTree, batch: PyTree) -> tuple[jax.Array, PyTree]:
+        result = loss_fn(params, batch)
+        if not has_aux:
+            return _check_scalar_loss(result), None
+        loss, aux = _check_pair(
+            "local_sgd(loss_fn, has_aux=True)", "loss_fn", "(loss, aux)", result
+        )
+        return _check_scalar_loss(loss), aux
+
+    def train_step(worker: WorkerState, batch: PyTree) -> tuple[WorkerState, PyTree]:
+        params, opt_state = worker
+        (loss, aux), grad = jax.value_and_grad(scalar_loss, has_aux=True)(params, batch)
+        updates, opt_state = optimizer.update(
+            grad,
+            opt_state,
+            params,
+            value=loss,
+            grad=grad,
+            value_fn=lambda params: scalar_loss(params, batch)[0],
+        )
+        metrics = {"loss": loss, "aux": aux} if has_aux else {"loss": loss}
+        return WorkerState(optax.apply_updates(params, updates), opt_state), metrics
+
+    algorithm = from_train_step(train_step, rule)
+
+    def init(params: PyTree) -> tuple[WorkerState, RuleState]:
+        return algorithm.init(WorkerState(params, optimizer.init(params)))
+
+    return algorithm._replace(init=init)
+
+
+def from_train_step(
+    train_step: Callable, rule: SyncRule | Mapping[str, SyncRule]
+) -> Algorithm:
+    """Creates local SGD from an existing training step.
+
+    Each field named in `rule` is synchronised; all other fields stay local:
+
+        sₖ ← train_step(sₖ, ξ)
+        sₖ.field ← rule[field](s₁.field, …, s_K.field)
+
+    Args:
+      train_step: `train_step(train_state, batch) -> (train_state, metrics)`, written
+        for one worker. The state is a NamedTuple, a dataclass (Flax's `TrainState`)
+        or a dict, and a pytree. A typed key in it (`jax.random.key`) becomes a
+        different key for each worker. A raw `jax.random.PRNGKey` is an ordinary array
+        and is therefore identical on all workers.
+      rule: a dict from field to rule; a bare rule is the rule of "params".
+
+    Returns:
+      An algorithm; its `init` takes a train state.
+
+    Raises:
+      TypeError: if an argument has the wrong type; when traced, if the step returns a
+        state of another structure, shape or dtype.
+      ValueError: at `init`, if the state lacks a field.
+
+    Example:
+      >>> import localsgd_jax as lsgd
+      >>> def train_step(state, batch):
+      ...     w = state["params"] - 0.1 * (state["params"] - batch)
+      ...     return {"params": w, "seen": state["seen"] + 1}, {"w": w}
+      >>> algorithm = from_train_step(train_step, rule=lsgd.average())
+    """
+    if not callable(train_step):
+        raise TypeError(
+            f"from_train_step(train_step): train_step must be callable, got "
+            f"{train_step!r}"
+        )
+    rules = dict(rule) if isinstance(rule, Mapping) else {"params": rule}
+    for field, field_rule in rules.items():
+        check_rule(f"rule for the field {field!r}", field_rule)
+
+    def init(worker: PyTree) -> tuple[PyTree, RuleState]:
+        trees = train_state.get_fields(worker, rules)
+        states = {
+            field: _init_rule(rules[field], field, trees[field]) for field in rules
+        }
+        return worker, _transpose_rule_states(states)
+
+    def step(worker: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
+        call = "from_train_step(train_step)"
+        new_state, metrics = _check_pair(
+            call, "train_step", "(train_state, metrics)", train_step(worker, batch)
+        )
+        _check_same_structure(call, "state", worker, new_state)
+        return new_state, metrics
+
+    def sync(
+        worker: PyTree, state: RuleState, context: SyncContext
+    ) -> tuple[PyTree, RuleState]:
+        trees, states = {}, {}
+        for field, tree in train_state.get_fields(worker, rules).items():
+            field_state = RuleState(state.shared[field], state.local[field])
+            call = f"rule for the field {field!r}"
+            result = rules[field].apply(tree, field_state, context)
+            new_tree, new_state = _check_pair(
+                call, "apply", "(tree, RuleState)", result
+            )
+            _check_same_structure(call, "tree", tree, new_tree)
+            _check_same_structure(call, "RuleState", field_state, new_state)
+            trees[field], states[field] = new_tree, new_state
+        return train_state.replace_fields(worker, trees), _transpose_rule_states(states)
+
+    names = {field: rule.name for field, rule in rules.items()}
+    return Algorithm(init, step, sync, names)
+
+
+def _transpose_rule_states(states: Mapping[str, RuleState]) -> RuleState:
+    """Converts a dict of rule states into a rule state of dicts."""
+    return RuleState(
+        {field: state.shared for field, state in states.items()},
+        {field: state.local for field, state in states.items()},
+    )
+
+
+def _init_rule(rule: SyncRule, field: str, tree: PyTree) -> RuleState:
+    """Initialises the rule of a field; errors name the field."""
+    call = f"rule for the field {field!r}"
+    try:
+        state = rule.init(tree)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{call}: {error}") from None
+    if not isinstance(state, RuleState):
+        raise TypeError(f"{call}: init must return a RuleState, got {state!r}")
+    return state
+
+
+def _check_scalar_loss(loss: jax.Array) -> jax.Array:
+    """Raises a TypeError unless the loss is a floating point scalar."""
+    if isinstance(loss, tuple):
+        raise TypeError(
+            "local_sgd(loss_fn): the loss must be a scalar, got a tuple; for "
+            "(loss, aux) pass has_aux=True"
+        )
+    loss = jnp.asarray(loss)
+    if loss.shape or not jnp.issubdtype(loss.dtype, jnp.floating):
+        raise TypeError(
+            "local_sgd(loss_fn): the loss must be a floating point scalar, got "
+            f"{loss.dtype} of shape {loss.shape}"
+        )
+    return loss
+
+
+def _check_pair(call: str, function: str, form: str, result: tuple) -> tuple:
+    """Raises a TypeError unless the result of a function is a pair."""
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise TypeError(f"{call}: {function} must return {form}, got {result!r}")
+    return result
+
+
+def _check_same_structure(call: str, name: str, old: PyTree, new: PyTree) -> None:
+    """Raises a TypeError if structure, a shape or a dtype has changed."""
+    old_leaves, new_leaves = map(dict, map(jax.tree.leaves_with_path, (old, new)))
+    old_structure, new_structure = map(jax.tree.structure, (old, new))
+    if old_structure != new_structure:
+        difference = old_leaves.keys() ^ new_leaves.keys()
+        paths = sorted(map(jax.tree_util.keystr, difference))
+        where = f", which differ at {paths}" if paths else ""
+        raise TypeError(
+            f"{call}: the {name} must keep its structure, got {new_structure} from "
+            f"{old_structure}{where}"
+        )
+    for path, leaf in old_leaves.items():
+        before, after = map(_shape_and_dtype, (leaf, new_leaves[path]))
+        if before != after:
+            raise TypeError(
+                f"{call}: the {name} must keep its shapes and dtypes, got {after} from "
+                f"{before} at {jax.tree_util.keystr(path) or 'the root'}"
+            )
+
+
+def _shape_and_dtype(leaf: jax.Array) -> str:
+    """Formats dtype and shape of a leaf, such as "float32[2, 3]"."""
+    return f"{getattr(leaf, 'dtype', type(leaf).__name__)}{list(jnp.shape(leaf))}"

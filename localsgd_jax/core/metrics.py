@@ -1,0 +1,44 @@
+"""Metrics by name: of training steps and of synchronisation rules."""
+
+import jax
+
+from localsgd_jax.core.types import PyTree, RuleMetrics, State
+
+
+def metrics_by_name(metrics: PyTree, ndim: int) -> dict[str, jax.Array]:
+    """Returns the metrics that have a given number of axes, by name.
+
+    Args:
+      metrics: pytree of a training step; leaves stacked over steps, `(H, ...)` or
+        `(H, K, ...)`.
+      ndim: number of axes of a metric that is one number per step and worker.
+
+    Returns:
+      Leaves by their path, joined with dots; a metric without a path is called "loss".
+      Leaves with another number of axes are omitted.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> metrics = {"more": {"accuracy": jnp.ones((2, 4))}, "row": jnp.ones((2, 4, 3))}
+      >>> list(metrics_by_name(metrics, 2)), list(metrics_by_name(jnp.ones((2, 4)), 2))
+      (['more.accuracy'], ['loss'])
+    """
+    return {
+        jax.tree_util.keystr(path, simple=True, separator=".") or "loss": leaf
+        for path, leaf in jax.tree.leaves_with_path(metrics)
+        if leaf.ndim == ndim
+    }
+
+
+def rule_metrics(state: State) -> dict[str, jax.Array]:
+    """Returns the metrics that synchronisation rules report in their shared state.
+
+    Args:
+      state: state of a cluster.
+
+    Returns:
+      Scalars by name; if several rules use one name, that of the last rule.
+    """
+    parts = jax.tree.leaves(state.shared, is_leaf=lambda x: isinstance(x, RuleMetrics))
+    found = [part.scalars for part in parts if isinstance(part, RuleMetrics)]
+    return {name: number for numbers in found for name, number in numbers.items()}

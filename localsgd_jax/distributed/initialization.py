@@ -1,0 +1,152 @@
+"""Initialisation of a multi-process job: rendezvous, then `jax.distributed`."""
+
+import math
+import numbers
+import os
+from collections.abc import Mapping
+
+import jax
+
+from localsgd_jax.core import validation
+from localsgd_jax.distributed import coordination, rendezvous
+from localsgd_jax.distributed._jax_internals import backends_are_initialized
+from localsgd_jax.distributed.coordination import CoordinationError
+from localsgd_jax.distributed.environment import (
+    ProcessInfo,
+    default_bind_address,
+    job_fingerprint,
+    resolve_process,
+)
+from localsgd_jax.distributed.mismatches import to_json
+from localsgd_jax.distributed.shutdown import install_exit_handlers
+
+MAX_TIMEOUT_SECONDS = 1e6
+
+
+def initialize(
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    coordinator_bind_address: str | None = None,
+    config: Mapping[str, object] | None = None,
+    timeout: float = 300,
+    heartbeat_timeout_seconds: int = 100,
+    recoverable: bool = False,
+) -> int:
+    """Connects the processes of a job; call it before any other use of JAX.
+
+    Address, number and index default to those of `localsgd launch`, that is, of the
+    environment variables LOCALSGD_COORDINATOR_ADDRESS, LOCALSGD_NUM_PROCESSES and
+    LOCALSGD_PROCESS_ID, or of an environment that JAX detects: SLURM, Open MPI,
+    Kubernetes, TPU pods. Outside a job the call has no effect, so every program may
+    begin with it.
+
+    Before JAX connects, all processes register at the coordinator's port (TCP
+    rendezvous), where their job ids, package versions, JAX flags that change programs,
+    and `config` are compared. If a process is missing, duplicate, of another job or
+    different, all of them raise. Afterwards an uncaught exception ends its process at
+    once instead of blocking in JAX's shutdown barrier, and JAX's preemption service is
+    disabled, so SIGTERM has its usual effect.
+
+    Args:
+      coordinator_address: HOST:PORT of process 0.
+      num_processes: number of processes.
+      process_id: index of this process, from 0.
+      coordinator_bind_address: HOST:PORT on which process 0 listens. None selects the
+        loopback interface for a coordinator on this machine, and all interfaces
+        otherwise.
+      config: JSON-serialisable values that must be equal in all processes, such as the
+        options of the program.
+      timeout: seconds to wait for other processes: in the rendezvous, in later checks
+        and at exit.
+      heartbeat_timeout_seconds: seconds without a heartbeat after which a process
+        counts as failed.
+      recoverable: whether the job survives failures of processes other than 0. Process
+        0 then waits at its exit until the others have exited.
+
+    Returns:
+      Number of processes.
+
+    Raises:
+      CoordinationError: if the rendezvous fails; the message names the missing
+        processes or the mismatch.
+      TypeError: if a number is not an int, or `config` is not JSON-serialisable.
+      ValueError: if only some of the first three arguments are given, or a number is
+        out of range.
+      RuntimeError: if a JAX backend is already initialised.
+
+    Example:
+      >>> import localsgd_jax as lsgd
+      >>> lsgd.initialize()
+      1
+    """
+    validation.check_int(
+        "initialize(heartbeat_timeout_seconds)",
+        "heartbeat_timeout_seconds",
+        heartbeat_timeout_seconds,
+        1,
+    )
+    _check_timeout(timeout)
+    json_config = to_json("initialize(config)", config or {})
+    process = resolve_process(coordinator_address, num_processes, process_id, timeout)
+    if process is None or process.num_processes == 1:
+        return 1
+    if jax.distributed.is_initialized():
+        return jax.process_count()
+    if backends_are_initialized():
+        raise RuntimeError(
+            "initialize(): must be called before any JAX device is used, that is, "
+            "before arrays, meshes, and rules such as diloco()"
+        )
+    jax.config.update("jax_enable_preemption_service", False)
+    jax.config.update("jax_enable_recoverability", recoverable)
+    coordination.job_state.timeout = timeout
+    bind_address = (
+        coordinator_bind_address
+        or os.environ.get("JAX_COORDINATOR_BIND_ADDRESS")
+        or default_bind_address(process)
+    )
+    fingerprint = job_fingerprint(process, json_config)
+    if process.process_id == 0:
+        rendezvous.serve(bind_address, fingerprint, process.num_processes, timeout)
+    else:
+        rendezvous.join(
+            process.coordinator_address, fingerprint, process.process_id, timeout
+        )
+    _connect(process, bind_address, timeout, heartbeat_timeout_seconds)
+    install_exit_handlers(process.num_processes, recoverable, timeout)
+    return process.num_processes
+
+
+def _connect(
+    process: ProcessInfo, bind_address: str, timeout: float, heartbeat_timeout: int
+) -> None:
+    """Initialises `jax.distributed` for a resolved process."""
+    try:
+        jax.distributed.initialize(
+            process.coordinator_address,
+            process.num_processes,
+            process.process_id,
+            local_device_ids=process.local_device_ids,
+            cluster_detection_method="deactivate",
+            initialization_timeout=math.ceil(timeout),
+            heartbeat_timeout_seconds=heartbeat_timeout,
+            coordinator_bind_address=bind_address,
+        )
+    except jax.errors.JaxRuntimeError as error:
+        raise CoordinationError(
+            f"initialize(): JAX cannot serve on {bind_address} or connect to "
+            f"{process.coordinator_address}: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _check_timeout(timeout: float) -> None:
+    """Raises if a timeout is not a positive, finite number of seconds."""
+    if isinstance(timeout, bool) or not isinstance(timeout, numbers.Real):
+        raise TypeError(f"initialize(timeout): must be a number, got {timeout!r}")
+    if not 0 < timeout <= MAX_TIMEOUT_SECONDS:
+        raise ValueError(
+            "initialize(timeout): must be positive and at most "
+            f"{MAX_TIMEOUT_SECONDS:g} s, got {timeout!r}"
+        )

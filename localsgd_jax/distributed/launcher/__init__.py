@@ -1,0 +1,1 @@
+"""Process launcher of `localsgd launch`; uses the standard library only."""

@@ -1,0 +1,95 @@
+"""Exit of one process of a job without JAX's shutdown barrier.
+
+`jax.distributed.shutdown`, which JAX registers with `atexit`, is a barrier over all
+processes. A process that exits because of an error would block in it until the other
+processes exit, too, or JAX's timeout aborts all of them.
+"""
+
+import atexit
+import concurrent.futures
+import os
+import sys
+import threading
+import time
+from concurrent.futures import Future
+from types import TracebackType
+
+import jax
+
+from localsgd_jax.distributed._jax_internals import coordination_client
+from localsgd_jax.distributed.background import submit_daemon
+
+# Process 0 hosts the coordination service, through which the other processes receive
+# their errors, so it exits last.
+COORDINATOR_EXIT_DELAY_SECONDS = 2.0
+
+
+def exit_process(code: int) -> None:
+    """Exits a process of a job without the shutdown barrier.
+
+    `sys.exit` would block in the shutdown barrier until JAX aborts all processes. In a
+    program without other processes this call returns.
+
+    Args:
+      code: exit code.
+    """
+    if not jax.distributed.is_initialized():
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if jax.process_index() == 0:
+        time.sleep(COORDINATOR_EXIT_DELAY_SECONDS)
+    os._exit(code)
+
+
+def install_exit_handlers(
+    num_processes: int, recoverable: bool, timeout: float
+) -> None:
+    """Installs the exception hook and, for recoverable jobs, an exit barrier.
+
+    An uncaught exception then ends its process at once.
+
+    Args:
+      num_processes: number of processes in the job.
+      recoverable: whether processes may fail or exit at different times. When the
+        service of process 0 ends, JAX aborts all processes that still run, so process
+        0 then waits for them at exit.
+      timeout: seconds that process 0 waits at most.
+    """
+    _install_excepthook()
+    if recoverable:
+        exiting = threading.Event()
+        # Started now: from Python 3.12 on, no thread can start during the exit.
+        peers = submit_daemon(_wait_for_peers, exiting, list(range(num_processes)))
+        atexit.register(_shutdown_after_peers, exiting, peers, timeout)
+
+
+def _install_excepthook() -> None:
+    """Makes an uncaught exception end the process after printing the traceback."""
+    previous_hook = sys.excepthook
+
+    def hook(
+        kind: type[BaseException], error: BaseException, trace: TracebackType | None
+    ) -> None:
+        previous_hook(kind, error, trace)
+        exit_process(130 if issubclass(kind, KeyboardInterrupt) else 1)
+
+    sys.excepthook = hook
+
+
+def _wait_for_peers(exiting: threading.Event, processes: list[int]) -> None:
+    """Waits for `exiting`, then for all live processes to exit as well."""
+    exiting.wait()
+    coordination_client().get_live_nodes(processes)
+
+
+def _shutdown_after_peers(
+    exiting: threading.Event, peers: Future, timeout: float
+) -> None:
+    """Shuts the job down; process 0 waits for its peers first."""
+    if coordination_client() is None:  # The program has called shutdown itself.
+        return
+    if jax.process_index() == 0:
+        exiting.set()
+        concurrent.futures.wait([peers], timeout)
+    jax.distributed.shutdown()

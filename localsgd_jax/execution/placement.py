@@ -1,0 +1,360 @@
+"""Device placement of workers: simulation on one device, and meshes.
+
+The only module that uses shard_map and, with `replication`, vmap over workers.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from localsgd_jax.analysis import jaxpr_bytes_sent
+from localsgd_jax.core import pytrees, validation
+from localsgd_jax.core.types import (
+    Algorithm,
+    Cluster,
+    PyTree,
+    RuleState,
+    State,
+    SyncContext,
+)
+from localsgd_jax.distributed import arrays, coordination
+from localsgd_jax.execution.layout import Layout, as_tuple
+from localsgd_jax.execution.replication import init_state
+
+
+def simulate(
+    algorithm: Algorithm,
+    workers: int | Sequence[int],
+    *,
+    axis: str | Sequence[str] = "worker",
+    worker_map: str = "vmap",
+) -> Cluster:
+    """Places all workers on one device.
+
+    Computes the same values as `on_mesh`, without a mesh: for experiments with many
+    small workers, and for tests.
+
+    Args:
+      algorithm: per-worker algorithm, from `local_sgd` or `from_train_step`.
+      workers: K; for several worker axes the size of each.
+      axis: name of the worker axis, or several names, outermost first.
+      worker_map: how the local steps of the workers run: "vmap" batches them, "map"
+        runs them one after another with `jax.lax.map`, which is faster for
+        convolutions on CPUs.
+
+    Returns:
+      A cluster.
+
+    Raises:
+      TypeError: if the algorithm is not an `Algorithm` or a size is not an int.
+      ValueError: if a size is below 1, or sizes and names do not match.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> import localsgd_jax as lsgd
+      >>> algorithm = lsgd.local_sgd(lambda w, b: (w - b) ** 2, optax.sgd(0.1),
+      ...                            rule=lsgd.average())
+      >>> cluster = lsgd.simulate(algorithm, workers=1024)
+      >>> cluster.init(jnp.zeros(())).workers.params.shape
+      (1024,)
+    """
+    names, sizes = as_tuple(axis), as_tuple(workers)
+    if len(names) != len(sizes) or len(set(names)) != len(names):
+        raise ValueError(
+            "simulate(workers, axis): distinct axis names with one size each are "
+            f"required, got {workers!r} for {axis!r}"
+        )
+    for size in sizes:
+        validation.check_int("simulate(workers)", "the number of workers", size, 1)
+    _check_algorithm("simulate(algorithm)", algorithm)
+    return _build_cluster(algorithm, Layout.on_device(names, sizes), worker_map)
+
+
+def on_mesh(
+    algorithm: Algorithm,
+    mesh: Mesh,
+    workers: int | None = None,
+    *,
+    axis: str | Sequence[str] = "worker",
+    worker_map: str = "vmap",
+) -> Cluster:
+    """Distributes workers over the devices of a mesh.
+
+    Mesh axes that are not worker axes stay automatic: parameters that are sharded over
+    them when passed to `init` stay sharded within every worker, and a synchronisation
+    communicates only the shard of each device.
+
+    Args:
+      algorithm: per-worker algorithm, from `local_sgd` or `from_train_step`.
+      mesh: any mesh; its axes are used as automatic ones.
+      workers: K, a multiple of the number of positions along the worker axes; None
+        for one worker per position. Workers that share a position are its lanes.
+      axis: mesh axis over which the workers are distributed, or several, outermost
+        first. Lanes extend the last one.
+      worker_map: how the local steps of the lanes of a position run: "vmap" batches
+        them, "map" runs them one after another with `jax.lax.map`, which is faster
+        for convolutions on CPUs.
+
+    Returns:
+      A cluster.
+
+    Raises:
+      TypeError: if the algorithm is not an `Algorithm` or the mesh is not a `Mesh`.
+      ValueError: if the mesh lacks an axis or K is no multiple of the positions.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> import localsgd_jax as lsgd
+      >>> algorithm = lsgd.local_sgd(lambda w, b: (w - b) ** 2, optax.sgd(0.1),
+      ...                            rule=lsgd.average())
+      >>> mesh = jax.make_mesh((jax.device_count(),), ("worker",))
+      >>> cluster = lsgd.on_mesh(algorithm, mesh, workers=2 * jax.device_count())
+    """
+    names = as_tuple(axis)
+    if not isinstance(mesh, Mesh):
+        raise TypeError(f"on_mesh(mesh): it must be a jax.sharding.Mesh, got {mesh!r}")
+    for name in names:
+        if name not in mesh.shape:
+            raise ValueError(
+                f"on_mesh(mesh, axis={axis!r}): the mesh has the axes "
+                f"{mesh.axis_names}, but no axis {name!r}"
+            )
+    _check_algorithm("on_mesh(algorithm)", algorithm)
+    positions = math.prod(mesh.shape[name] for name in names)
+    workers = positions if workers is None else workers
+    validation.check_int("on_mesh(workers)", "the number of workers", workers, 1)
+    if workers % positions:
+        raise ValueError(
+            f"on_mesh(workers): workers must be a multiple of the {positions} "
+            f"positions on the mesh axes {names}, got {workers}"
+        )
+    layout = Layout.on_mesh(mesh, names, lanes=workers // positions)
+    return _build_cluster(algorithm, layout, worker_map)
+
+
+def _build_cluster(algorithm: Algorithm, layout: Layout, worker_map: str) -> Cluster:
+    """Builds the functions of K workers from the functions of one worker."""
+    count = layout.num_workers
+    step = _map_step(algorithm.step, worker_map, layout.workers_per_position)
+    sync = _vmap_sync(algorithm.sync, layout)
+    sync_if = partial(_sync_if, sync)
+    if layout.mesh is not None:
+        step, sync, sync_if = _shard_map_all(layout, step, sync, sync_if)
+    run_sync = jax.jit(partial(_run_sync, sync))
+    run_sync_if = jax.jit(partial(_run_sync_if, sync_if))
+
+    # The weights are checked outside jit, where their values are known.
+    def checked_sync(state: State, weight: jax.Array | None = None) -> State:
+        return run_sync(state, validation.check_weights(weight, count))
+
+    def checked_sync_if(
+        due: jax.Array | bool, state: State, weight: jax.Array | None = None
+    ) -> State:
+        return run_sync_if(due, state, validation.check_weights(weight, count))
+
+    return Cluster(
+        init=partial(_init, algorithm, layout),
+        step=jax.jit(partial(_run_step, step, count)),
+        sync=checked_sync,
+        num_workers=count,
+        shard_batch=partial(_shard_batch, layout),
+        bytes_sent=partial(_bytes_sent, algorithm, layout),
+        algorithm=algorithm,
+        sync_if=checked_sync_if,
+    )
+
+
+def _init(algorithm: Algorithm, layout: Layout, params: PyTree) -> State:
+    """Initialises the state, after comparing the configuration of all processes."""
+    mesh = layout.mesh
+    if mesh is not None and mesh.is_multi_process and not pytrees.is_abstract(params):
+        facts = {
+            "workers": layout.num_workers,
+            "mesh": dict(mesh.shape),
+            "rule": dict(algorithm.rule_names),
+            "params": arrays.describe_leaves(params),
+        }
+        holders = arrays.processes_of(NamedSharding(mesh, P()))
+        coordination.assert_equal_across_processes("init(params)", facts, holders)
+    return init_state(algorithm, layout, params)
+
+
+def _run_step(
+    step: Callable, count: int, state: State, batch: PyTree
+) -> tuple[State, PyTree]:
+    """Takes one local step of all workers and increments the step counter."""
+    validation.check_worker_axis("step(state, batch)", batch, count)
+    workers, metrics = step(state.workers, batch)
+    return state._replace(step=state.step + 1, workers=workers), metrics
+
+
+def _run_sync(sync: Callable, state: State, weight: jax.Array | None) -> State:
+    """Synchronises all workers and increments the round counter."""
+    number = state.round + 1
+    return State(
+        state.step,
+        number,
+        *sync(state.workers, state.local, state.shared, number, weight),
+    )
+
+
+def _run_sync_if(
+    sync_if: Callable, due: jax.Array, state: State, weight: jax.Array | None
+) -> State:
+    """Synchronises all workers and increments the round counter if due."""
+    number = state.round + jnp.asarray(due, jnp.int32)
+    return State(
+        state.step,
+        number,
+        *sync_if(due, state.workers, state.local, state.shared, number, weight),
+    )
+
+
+def _shard_batch(layout: Layout, batch: PyTree, time: bool = False) -> PyTree:
+    """Transfers a host batch to the devices of the workers.
+
+    Abstract leaves are returned with shardings.
+    """
+    count, axis = layout.num_workers, int(time)
+    sharding, local = layout.batch_sharding(time), len(layout.local_rows(time))
+    validation.check_worker_axis("shard_batch(batch)", batch, count, axis, local)
+    if pytrees.is_abstract(batch):
+        return pytrees.with_shardings(batch, jax.tree.map(lambda x: sharding, batch))
+    if sharding is None or sharding.is_fully_addressable:
+        return jax.device_put(batch, sharding)
+    return jax.tree.map(
+        lambda x: arrays.device_put_rows(x, sharding, count, axis), batch
+    )
+
+
+def _bytes_sent(
+    algorithm: Algorithm, layout: Layout, state: State, round: int | None = None
+) -> tuple[int, int]:
+    """Returns minimum and maximum bytes sent by one worker in a round.
+
+    They are counted as if each worker had a device of its own.
+    """
+    given = jax.eval_shape(lambda state: state, state)
+    worker, local = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype),
+        (given.workers, given.local),
+    )
+    carriers = {name: (name,) for name in layout.axes}
+
+    def traced_sync(worker, local, shared, traced_round):
+        number = traced_round if round is None else round
+        context = SyncContext(carriers, number)
+        return algorithm.sync(worker, RuleState(shared, local), context)
+
+    return jaxpr_bytes_sent(
+        traced_sync, layout.axes, worker, local, given.shared, given.round
+    )
+
+
+def _map_step(step: Callable, worker_map: str, lanes: int) -> Callable:
+    """Maps the step of one worker over lanes, leaves `(R, ...)`."""
+    if worker_map not in ("vmap", "map"):
+        raise ValueError(f'worker_map must be "vmap" or "map", got {worker_map!r}')
+    if lanes == 1:
+        return partial(_unbatched_step, step)
+    if worker_map == "vmap":
+        return jax.vmap(step)
+    return lambda workers, batch: jax.lax.map(
+        lambda pair: step(*pair), (workers, batch)
+    )
+
+
+def _unbatched_step(
+    step: Callable, workers: PyTree, batch: PyTree
+) -> tuple[PyTree, PyTree]:
+    """Runs the step of a single lane without batch axis.
+
+    The leaves are `(1, ...)`. On CPUs a matrix product with a batch axis of size one is
+    a fifth slower, and vmap would turn conditionals of the step into selects.
+    """
+    single = jax.tree.map(lambda x: x[0], (workers, batch))
+    return jax.tree.map(lambda x: jnp.asarray(x)[None], step(*single))
+
+
+def _vmap_sync(sync: Callable, layout: Layout) -> Callable:
+    """Maps the synchronisation of one worker over the lanes of a position."""
+    carriers = layout.carriers
+
+    def sync_one(worker, local, shared, round_number, weight):
+        context = SyncContext(carriers, round_number, weight)
+        worker, state = sync(worker, RuleState(shared, local), context)
+        return worker, state.local, state.shared
+
+    mapped = sync_one
+    for name, size in reversed(list(layout.lanes.items())):
+        # out_axes=None raises if the shared state depends on a single worker.
+        mapped = jax.vmap(
+            mapped,
+            in_axes=(0, 0, None, None, 0),
+            out_axes=(0, 0, None),
+            axis_name=name,
+            axis_size=size,
+        )
+
+    def sync_position(workers, local, shared, round_number, weight):
+        workers, local, weight = layout.split((workers, local, weight))
+        try:
+            workers, local, shared = mapped(
+                workers, local, shared, round_number, weight
+            )
+        except ValueError as error:
+            if "out_axes" not in str(error):
+                raise
+            raise ValueError(
+                "rule: RuleState.shared must not depend on per-worker values; compute "
+                "it from reduced values and from itself"
+            ) from error
+        return layout.join(workers), layout.join(local), shared
+
+    return sync_position
+
+
+def _sync_if(sync: Callable, due, workers, local, shared, round_number, weight):
+    """Synchronises the workers of a position inside a conditional."""
+    return jax.lax.cond(
+        due,
+        lambda parts: sync(*parts, round_number, weight),
+        lambda parts: parts,
+        (workers, local, shared),
+    )
+
+
+def _shard_map_all(
+    layout: Layout, step: Callable, sync: Callable, sync_if: Callable
+) -> tuple[Callable, Callable, Callable]:
+    """Runs the functions of a position at each position of the mesh."""
+    split, replicated = P(layout.names), P()
+    # Varying-axes checks are off: every value inside is a worker's own copy or is
+    # reduced by the rule, so the checks would find nothing. With them, gradients with
+    # respect to replicated values would be summed over workers, and a cond around a
+    # pmean would not type-check.
+    shard_map = partial(
+        jax.shard_map, mesh=layout.mesh, axis_names=set(layout.axes), check_vma=False
+    )
+    parts = (split, split, replicated)
+    arguments = (*parts, replicated, split)
+    return (
+        shard_map(step, in_specs=(split, split), out_specs=(split, split)),
+        shard_map(sync, in_specs=arguments, out_specs=parts),
+        # The conditional is inside the shard_map: around it, the GPU compiler of JAX
+        # 0.11 gathers the outputs of both branches, whether the round is due or not.
+        shard_map(sync_if, in_specs=(replicated, *arguments), out_specs=parts),
+    )
+
+
+def _check_algorithm(call: str, algorithm: Algorithm) -> None:
+    """Raises unless the argument is an Algorithm."""
+    if not isinstance(algorithm, Algorithm):
+        raise TypeError(
+            f"{call}: it must come from local_sgd or from_train_step, got {algorithm!r}"
+        )

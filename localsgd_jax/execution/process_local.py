@@ -1,0 +1,292 @@
+"""Process-local execution: only the synchronisation is a global program.
+
+Each process compiles and runs the local steps of its own workers.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from localsgd_jax.core.pytrees import promote
+from localsgd_jax.core.types import Algorithm, Cluster, PyTree, State
+from localsgd_jax.distributed.meshes import submesh
+from localsgd_jax.execution.layout import as_tuple
+from localsgd_jax.execution.placement import on_mesh, simulate
+from localsgd_jax.execution.process_programs import (
+    ProcessPrograms,
+    SubCluster,
+    shardings_of,
+)
+from localsgd_jax.execution.replication import fold_in_workers, is_key
+
+
+class ProcessCluster(NamedTuple):
+    """Functions of K workers with process-local programs for local steps.
+
+    Attributes:
+      local: cluster of the workers of this process; its functions involve no other
+        process.
+      num_workers: K, over all processes.
+      init: `init(params) -> state` of the workers of this process, with the values
+        that `on_mesh(...).init(params)` gives them. No other process participates.
+      local_steps: `local_steps(state, batches) -> (state, metrics)`; local steps of the
+        workers of this process, leaves `(H, K_local, B, ...)` in, `(H, K_local, ...)`
+        out. Never communicates; does not donate.
+      sync: `sync(state, report=(), devices=None, weighted=False) -> (state, reports)`;
+        synchronises all processes, or the processes of `devices`, each of which must
+        call it. `report`, `(M,)` floats, is gathered with it: `reports`, `(N, M)`, has
+        a row per participating process. With `weighted` the first entry of a report is
+        the weight of each worker of its process. All processes must call it in the
+        same order, with reports of one length and the same `weighted`. Blocks until
+        the synchronisation is done, without a timeout.
+      mean: `mean(tree, devices=None) -> tree`; x̄ = (1/K) Σₖ xₖ of leaves
+        `(K_local, ...)`, computed as `consensus` does, over the workers of all
+        processes or of the processes of `devices`.
+      mean_cluster: cluster with one worker in this process, for the mean model.
+      replicate: `replicate(state, like=None) -> state`; initialises the workers of this
+        process from a state of `mean_cluster`. Sharded workers need `like`, a state
+        from `init`, whose shardings are used.
+      bytes_sent: as in `Cluster`, for one worker of the K.
+      first_local_worker: global index of the first worker of this process.
+      worker_process: process index of each worker, `(K,)`.
+      devices: devices of all processes, in the order of the mesh.
+    """
+
+    local: Cluster
+    num_workers: int
+    init: Callable[[PyTree], State]
+    local_steps: Callable[[State, PyTree], tuple[State, PyTree]]
+    sync: Callable[..., tuple[State, np.ndarray]]
+    mean: Callable[..., PyTree]
+    mean_cluster: Cluster
+    replicate: Callable[..., State]
+    bytes_sent: Callable[..., tuple[int, int]]
+    first_local_worker: int
+    worker_process: tuple[int, ...]
+    devices: tuple
+
+
+def on_processes(
+    algorithm: Algorithm,
+    mesh: Mesh,
+    workers: int | None = None,
+    *,
+    axis: str | Sequence[str] = "worker",
+    worker_map: str = "vmap",
+) -> ProcessCluster:
+    """Distributes workers over processes with independent local steps.
+
+    `on_mesh` runs one program on all processes, local steps included, so all processes
+    advance in lockstep. Here only the synchronisation is a global program. A process
+    can therefore
+
+    - compute during a synchronisation (`submit_daemon`, `merge_late_sync`), also on
+      CPUs, where a program does not overlap computation with collectives;
+    - take fewer local steps than other processes;
+    - continue with the live processes after a failure (`fault_tolerance.train`).
+
+    The state holds the workers of this process. Its arrays are reinterpreted as shards
+    of global arrays for a synchronisation, and back, without copying.
+
+    Args:
+      algorithm: per-worker algorithm, from `local_sgd` or `from_train_step`.
+      mesh: mesh over the devices of all processes. Each position along the outermost
+        worker axis belongs to one process, and the positions of a process are
+        contiguous, as `worker_mesh` arranges them.
+      workers: K, a multiple of the number of positions; None for one per position.
+      axis: as in `on_mesh`.
+      worker_map: as in `on_mesh`.
+
+    Returns:
+      The functions for this process.
+
+    Raises:
+      ValueError: if a position has devices of several processes, the positions of a
+        process are not contiguous, or K is no multiple of the positions.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, numpy as np, optax
+      >>> import localsgd_jax as lsgd
+      >>> algorithm = lsgd.local_sgd(lambda w, b: (w - b) ** 2, optax.sgd(0.5),
+      ...                            rule=lsgd.average())
+      >>> mesh = jax.make_mesh((1,), ("worker",), devices=jax.devices()[:1])
+      >>> cluster = on_processes(algorithm, mesh, workers=2)
+      >>> batches = np.array([[1.0, 3.0]], np.float32)             # H = 1, K_local = 2
+      >>> state, metrics = cluster.local_steps(cluster.init(jnp.zeros(())), batches)
+      >>> state, reports = cluster.sync(state, report=[1.0])
+      >>> state.workers.params
+      Array([2., 2.], dtype=float32)
+    """
+    axes = as_tuple(axis)
+    place = partial(on_mesh, algorithm, axis=axis, worker_map=worker_map)
+    everywhere = place(mesh, workers)
+    workers_per_position = everywhere.num_workers // place(mesh).num_workers
+
+    @cache
+    def sub_cluster(devices: tuple) -> SubCluster:
+        part = submesh(mesh, devices, axis)
+        count = workers_per_position * place(part).num_workers
+        return SubCluster(part, place(part, count), axes)
+
+    devices = tuple(mesh.devices.flat)
+    positions = sub_cluster(devices).process_of_position
+    worker_process = np.repeat(positions, everywhere.num_workers // len(positions))
+    local = sub_cluster(tuple(d for d in devices if d in jax.local_devices()))
+    programs = ProcessPrograms(sub_cluster, local)
+    first = int(np.argmax(worker_process == jax.process_index()))
+    return ProcessCluster(
+        local=local.cluster,
+        num_workers=everywhere.num_workers,
+        init=partial(_init, algorithm, local.cluster, everywhere.num_workers, first),
+        local_steps=programs.local_steps,
+        sync=partial(_sync, programs, devices),
+        mean=partial(_mean, programs, devices),
+        mean_cluster=simulate(algorithm, 1, axis=axes[-1]),
+        replicate=partial(_replicate, local, first),
+        bytes_sent=everywhere.bytes_sent,
+        first_local_worker=first,
+        worker_process=tuple(worker_process.tolist()),
+        devices=devices,
+    )
+
+
+@jax.jit
+def merge_late_sync(synced: State, current: State, snapshot: State) -> State:
+    """Adds the local progress made since the snapshot to the synchronised state.
+
+        xₖ ← syncedₖ + (xₖ − snapshotₖ)
+
+    `overlap(rule)` follows the same equation. Values that the synchronisation did not
+    change, such as other fields and integers, are taken from `current` bit by bit.
+
+    Args:
+      synced: result of the synchronisation of `snapshot`.
+      current: result of the local steps taken from `snapshot` in the meantime.
+      snapshot: the state that was passed to the synchronisation.
+
+    Returns:
+      The merged state.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> def state(x):
+      ...     return State(jnp.int32(0), jnp.int32(0), jnp.array([x]), (), ())
+      >>> merge_late_sync(state(2.0), state(4.5), state(3.0)).workers
+      Array([3.5], dtype=float32)
+    """
+
+    def merge(a: jax.Array, x: jax.Array, s: jax.Array) -> jax.Array:
+        if is_key(x):
+            return x
+        merged = a
+        if jnp.issubdtype(x.dtype, jnp.inexact):
+            merged = (promote(a) + (promote(x) - promote(s))).astype(x.dtype)
+        return jnp.where(a == s, x, merged)
+
+    workers = jax.tree.map(merge, synced.workers, current.workers, snapshot.workers)
+    return synced._replace(step=current.step, workers=workers)
+
+
+def _sync(
+    programs: ProcessPrograms,
+    all_devices: tuple,
+    state: State,
+    report: Sequence[float] | np.ndarray = (),
+    devices: Sequence | None = None,
+    weighted: bool = False,
+) -> tuple[State, np.ndarray]:
+    """Synchronises the processes of `devices`, or all processes."""
+    if weighted:
+        _check_weight(report)
+    group = _participants("sync", programs.local, all_devices, devices)
+    return programs.sync(group, state, report, weighted)
+
+
+def _mean(
+    programs: ProcessPrograms,
+    all_devices: tuple,
+    tree: PyTree,
+    devices: Sequence | None = None,
+) -> PyTree:
+    """Averages over the workers of `devices`, or over all workers."""
+    group = _participants("mean", programs.local, all_devices, devices)
+    return programs.mean(group, tree)
+
+
+def _participants(
+    call: str, local: SubCluster, all_devices: tuple, devices: Sequence | None
+) -> tuple:
+    """Returns the participating devices; raises if they exclude this process."""
+    group = all_devices if devices is None else tuple(devices)
+    if not set(local.mesh.devices.flat) <= set(group):
+        raise ValueError(
+            f"{call}(devices): the devices of this process must be included, got "
+            f"devices of the processes {sorted({d.process_index for d in group})}"
+        )
+    return group
+
+
+def _check_weight(report: Sequence[float] | np.ndarray) -> None:
+    """Raises unless the first entry of a report is a valid weight."""
+    weight = np.asarray(report, np.float32)[:1]
+    if not (weight.size and np.isfinite(weight) and weight >= 0):
+        raise ValueError(
+            "sync(weighted): the first entry of the report must be a weight, finite "
+            f"and not negative, got {list(report)}"
+        )
+
+
+def _init(
+    algorithm: Algorithm, local: Cluster, workers: int, first: int, params: PyTree
+) -> State:
+    """Initialises the local workers as `simulate(algorithm, K).init` does."""
+    params = jax.tree.map(jnp.asarray, params)
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params
+    )
+
+    def local_rows(params: PyTree) -> State:
+        state = simulate(algorithm, workers).init(params)
+        rows = partial(jax.tree.map, lambda x: x[first : first + local.num_workers])
+        return state._replace(workers=rows(state.workers), local=rows(state.local))
+
+    out = shardings_of(local.init(abstract))
+    return jax.jit(local_rows, out_shardings=out)(params)
+
+
+def _replicate(
+    local: SubCluster, first: int, single: State, like: State | None = None
+) -> State:
+    """Replicates the state of one worker over the local workers.
+
+        xₖ ← x
+
+    Worker 0 keeps its PRNG keys; every other worker folds its index into them.
+    """
+    indices = first + jnp.arange(local.cluster.num_workers)
+
+    def replicate_leaf(x: jax.Array) -> jax.Array:
+        row = x[0]
+        if is_key(row):
+            is_first = (indices == 0).reshape(-1, *(1,) * row.ndim)
+            return jnp.where(is_first, row[None], fold_in_workers(row, indices))
+        return jnp.broadcast_to(row, (len(indices), *row.shape))
+
+    def replicate(single: State) -> State:
+        rows = partial(jax.tree.map, replicate_leaf)
+        return single._replace(workers=rows(single.workers), local=rows(single.local))
+
+    split = NamedSharding(local.mesh, P(local.axes))
+    replicated = NamedSharding(local.mesh, P())
+    out = jax.tree.map(lambda x: replicated, single)._replace(
+        workers=jax.tree.map(lambda x: split, single.workers),
+        local=jax.tree.map(lambda x: split, single.local),
+    )
+    out = out if like is None else shardings_of(like)
+    return jax.jit(replicate, out_shardings=out)(jax.device_put(single, replicated))

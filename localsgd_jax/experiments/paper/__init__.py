@@ -1,0 +1,1 @@
+"""Experiments of Stich 2019, Local SGD Converges Fast and Communicates Little."""

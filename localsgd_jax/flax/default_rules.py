@@ -1,0 +1,31 @@
+"""Default synchronisation rules for the fields of Flax train states."""
+
+from collections.abc import Mapping
+
+import jax
+
+from localsgd_jax.core import train_state
+from localsgd_jax.core.types import PyTree, SyncRule
+from localsgd_jax.rules.batch_statistics import merge_batch_stats
+
+Rules = SyncRule | Mapping[str, SyncRule]
+
+
+def add_default_rules(state: PyTree, rule: Rules) -> dict[str, SyncRule]:
+    """Adds the default rule for batch statistics.
+
+    It is added if the state has batch statistics and `rule` has no rule for them.
+
+    Args:
+      state: train state of one worker.
+      rule: rule for `params`, or a dict from field to rule.
+
+    Returns:
+      A dict from field to rule.
+    """
+    rules = dict(rule) if isinstance(rule, Mapping) else {"params": rule}
+    if "batch_stats" in train_state.field_names(state):
+        fields = train_state.get_fields(state, ["batch_stats"])
+        if jax.tree.leaves(fields):
+            rules.setdefault("batch_stats", merge_batch_stats())
+    return rules

@@ -1,0 +1,80 @@
+"""Adapter for training steps on a Flax linen TrainState."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from localsgd_jax.core.algorithm import from_train_step
+from localsgd_jax.core.types import Algorithm, PyTree
+from localsgd_jax.flax.default_rules import Rules, add_default_rules
+
+# Fields whose uint32 leaves are not PRNG keys.
+_FIELDS_WITHOUT_KEYS = ("params", "batch_stats", "opt_state")
+
+
+def from_linen(
+    train_step: Callable, train_state: PyTree, rule: Rules
+) -> tuple[Algorithm, PyTree]:
+    """Converts a linen training step to a Local SGD algorithm.
+
+    Default rule of each field, unless overridden by `rule`:
+
+    - `params`: the given rule.
+    - `batch_stats`, if present: merged by `merge_batch_stats()`.
+    - all other fields, such as `opt_state` and `step`: not synchronised.
+    - typed PRNG keys in any field: different for each worker. Folded with `step` they
+      give dropout masks that differ between workers and between steps.
+
+    Args:
+      train_step: `train_step(train_state, batch) -> (train_state, metrics)`, written
+        for one worker; metrics may be a scalar loss or a dict.
+      train_state: a Flax `TrainState` or an instance of a subclass.
+      rule: rule for `params`, or a dict from field to rule.
+
+    Returns:
+      An algorithm for `simulate` or `on_mesh`, and the train state for its `init`.
+      `consensus(state, None)` returns a train state of the same type.
+
+    Raises:
+      TypeError: if the state contains a raw PRNG key, which would be equal on all
+        workers.
+      ValueError: if a rule names a field that the state does not have.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> import localsgd_jax as lsgd
+      >>> from flax import linen as nn
+      >>> from flax.training.train_state import TrainState
+      >>> from localsgd_jax.flax import from_linen
+      >>> model = nn.Dense(1)
+      >>> params = model.init(jax.random.key(0), jnp.ones((1, 3)))["params"]
+      >>> start = TrainState.create(
+      ...     apply_fn=model.apply, params=params, tx=optax.sgd(0.1))
+      >>> def train_step(state, batch):
+      ...     def loss_fn(params):
+      ...         return jnp.mean(state.apply_fn({"params": params}, batch) ** 2)
+      ...     loss, grads = jax.value_and_grad(loss_fn)(state.params)
+      ...     return state.apply_gradients(grads=grads), loss
+      >>> algorithm, start = from_linen(train_step, start, lsgd.average())
+      >>> cluster = lsgd.simulate(algorithm, workers=4)
+      >>> state, loss = cluster.step(cluster.init(start), jnp.ones((4, 2, 3)))
+      >>> lsgd.consensus(cluster.sync(state), None).params["kernel"].shape
+      (3, 1)
+    """
+    rules = add_default_rules(train_state, rule)
+    for path, leaf in jax.tree.leaves_with_path(train_state):
+        field = jax.tree_util.keystr(path[:1], simple=True)
+        if field not in _FIELDS_WITHOUT_KEYS and _is_raw_key(leaf):
+            raise TypeError(
+                f"from_linen(train_state): the field {field!r} has a raw PRNG key at "
+                f"{jax.tree_util.keystr(path)}, which would be equal on all workers; "
+                "create it with jax.random.key or jax.random.wrap_key_data"
+            )
+    return from_train_step(train_step, rules), train_state
+
+
+def _is_raw_key(leaf: Any) -> bool:
+    """Returns whether a leaf has the shape and dtype of `jax.random.PRNGKey`."""
+    return jnp.shape(leaf) == (2,) and jnp.result_type(leaf) == jnp.uint32

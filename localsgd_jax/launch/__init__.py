@@ -1,1 +1,0 @@
-"""`localsgd launch`: the processes of a job on one machine."""

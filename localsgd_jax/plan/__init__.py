@@ -1,1 +1,0 @@
-"""`localsgd plan`: which period pays on a network."""

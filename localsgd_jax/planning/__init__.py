@@ -1,0 +1,1 @@
+"""Cost model, measurement and synchronisation period planner."""

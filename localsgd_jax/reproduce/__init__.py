@@ -1,1 +1,0 @@
-"""The experiments of the paper, each in a file of its own."""

@@ -1,0 +1,115 @@
+"""Error feedback for compressed means: compression errors are sent in later rounds."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from localsgd_jax.core import collectives
+from localsgd_jax.core.pytrees import ravel, unravel, where
+from localsgd_jax.core.types import PyTree, RuleState, SyncContext, SyncRule
+from localsgd_jax.core.validation import check_rule
+from localsgd_jax.rules.averaging import check_inexact
+
+MeanAxes = tuple[str, ...] | None
+
+
+class ErrorFeedback(NamedTuple):
+    """Compression errors of one worker, the local state of a compressed mean.
+
+    Attributes:
+      worker_error: error of the messages that this worker sent, `(N,)`.
+      server_error: error of the chunk of the mean that this worker sent, zero outside
+        its chunk, `(N,)`; None for rules that do not compress the mean.
+    """
+
+    worker_error: jax.Array
+    server_error: jax.Array | None = None
+
+
+def compressed_mean(
+    call: str,
+    axes: MeanAxes,
+    exchange: Callable,
+    *,
+    name: str,
+    has_server_error: bool = False,
+) -> SyncRule:
+    """Makes a rule from a compressed exchange, with error feedback.
+
+    With the worker error eₖ and the server error fₖ:
+
+        xₖ, eₖ, fₖ ← exchange(xₖ + eₖ, fₖ)
+
+    An inactive worker sends zeros and keeps eₖ. If all weights are 0, nothing changes.
+
+    Args:
+      call: the public function, such as "top_k", for messages.
+      axes: worker axes of the mean; None for all of them.
+      exchange: `exchange(vector, tree, server_error, context) -> (mean, errors)`. The
+        vector is the flattened tree plus the worker error, `(N,)`; the mean has the
+        same shape; `errors` is the `ErrorFeedback` of this round.
+      name: name of the rule.
+      has_server_error: whether the state has a server error.
+
+    Returns:
+      A rule with an `ErrorFeedback` for each worker.
+    """
+
+    def init(tree: PyTree) -> RuleState:
+        check_inexact(f"{call}()", tree)
+        zeros = jnp.zeros_like(ravel(tree))
+        server_error = zeros if has_server_error else None
+        return RuleState(local=ErrorFeedback(zeros, server_error))
+
+    def apply(
+        tree: PyTree, state: RuleState, context: SyncContext
+    ) -> tuple[PyTree, RuleState]:
+        any_active, _ = collectives.any_participants(context)
+        active = collectives.is_active(context, axes)
+        old = collectives.assume_replicated_within(state.local, context, axes)
+        zeros = jnp.zeros_like(old.worker_error)
+        vector = where(active, ravel(tree) + old.worker_error, zeros)
+        mean, new = exchange(vector, tree, old.server_error, context)
+        worker_error = where(active, new.worker_error, old.worker_error)
+        new_state = RuleState(local=new._replace(worker_error=worker_error))
+        return (
+            where(any_active, unravel(mean, tree), tree),
+            where(any_active, new_state, state),
+        )
+
+    return SyncRule(init, apply, name=name)
+
+
+def check_mean(call: str, rule: SyncRule) -> MeanAxes:
+    """Returns the worker axes of a plain mean; raises for any other rule.
+
+    Args:
+      call: the public function, such as "quantize", for messages.
+      rule: its argument.
+
+    Returns:
+      Names of worker axes; None for all of them.
+
+    Raises:
+      TypeError: if `rule` is not a rule.
+      ValueError: if it is not a plain mean.
+    """
+    check_rule(f"{call}(rule)", rule)
+    if rule.mean_axes is None:
+        raise ValueError(
+            f"{call}(rule): it must be a plain mean such as average(), got {rule!r}; "
+            f"compress inside an outer rule: outer(optimizer, {call}(average(), ...))"
+        )
+    return rule.mean_axes or None
+
+
+def weighted_or_zero(weights: jax.Array, values: jax.Array) -> jax.Array:
+    """Multiplies by weights; the product with weight 0 is 0 even for NaN and Inf."""
+    return jnp.where(weights > 0, weights * values, 0)
+
+
+def safe_total(weights: jax.Array) -> jax.Array:
+    """Returns the sum of the weights, or 1 if it is 0, as a divisor."""
+    return jnp.where((total := jnp.sum(weights)) > 0, total, 1)

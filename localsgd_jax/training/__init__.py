@@ -1,0 +1,1 @@
+"""Training loop, dispatches, history and callbacks."""

@@ -1,0 +1,154 @@
+"""Training loop: dispatches rounds, records metrics, evaluates and saves."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
+
+import jax
+import numpy as np
+
+from localsgd_jax import schedules
+from localsgd_jax.core.metrics import rule_metrics
+from localsgd_jax.core.types import Cluster, PyTree, State
+from localsgd_jax.data.prefetch import SynchronizedPrefetcher
+from localsgd_jax.training.byte_counter import ByteCounter
+from localsgd_jax.training.callbacks import Callbacks
+from localsgd_jax.training.consistency import assert_equal_runs
+from localsgd_jax.training.dispatch import Dispatcher, ResultQueue
+from localsgd_jax.training.history import History, HistoryRecorder
+from localsgd_jax.training.outputs import RunOutputs
+from localsgd_jax.training.progress import progress_bar
+from localsgd_jax.training.run_context import RunSettings, context_of
+from localsgd_jax.training.segments import segments
+
+
+def train(
+    cluster: Cluster,
+    state: State,
+    batches: Iterable[PyTree],
+    *,
+    schedule: int | Callable,
+    steps: int | None = None,
+    weights: jax.Array | None = None,
+    evaluate: Callable | None = None,
+    evaluate_every: int = 1,
+    eval_fields: str | Sequence[str] | None = "params",
+    on_round_end: Callable | None = None,
+    save: Callable | None = None,
+    save_every: int = 1000,
+    progress: bool | None = None,
+    max_steps_per_dispatch: int = 64,
+) -> tuple[State, History]:
+    """Trains until the batches or the steps end, and synchronises at the end.
+
+    Rounds of equal length run fused, several in one dispatch. Where the schedule is
+    irregular, steps are gated. While the devices compute, the host reads, stacks and
+    transfers the next batches; at most two dispatches are in flight. An incomplete last
+    round is trained and synchronised. The given state is donated: use the returned one.
+
+    Args:
+      cluster: `simulate(...)` or `on_mesh(...)`.
+      state: from `cluster.init`, or from an earlier run.
+      batches: iterable of batches, leaves `(K, B, ...)`, such as
+        `shuffled_batches(...)`. With several processes, all end with the process whose
+        batches end first, as in `zip`.
+      schedule: a period, or a schedule: a predicate on the number of local steps.
+      steps: most local steps of this call; None for all batches.
+      weights: `(K,)`, the weight of each worker in every mean; None for equal weights.
+      evaluate: `evaluate(model)`, with the mean model; returns a number or a dict of
+        numbers.
+      evaluate_every: rounds with a multiple of this number are evaluated, and the last.
+      eval_fields: fields of the train state that `evaluate` receives, as `field` of
+        `consensus`, such as `("params", "batch_stats")`.
+      on_round_end: `on_round_end(row)`, called with each row of the history, a dict, as
+        soon as it is known.
+      save: `save(state, examples)`, such as `RunCheckpointer.save`, with the number of
+        examples used since the call of `train` began. Called when `state.step` is a
+        multiple of `save_every`, also within a round, and at the end. It must copy the
+        arrays that it keeps, because the state is donated to the next dispatch.
+      save_every: number of local steps between two calls of `save`; with a multiple of
+        the period, states are saved between rounds only.
+      progress: whether to show a progress bar; None: if tqdm is installed.
+      max_steps_per_dispatch: most local steps of one dispatch.
+
+    Returns:
+      The state, and the history: NumPy columns with an entry for each round.
+
+      - "step" and "round": counters at its end;
+      - "seconds": since this call began, compilation included;
+      - "bytes": sent by each worker since this call began, as if it had its own network
+        link;
+      - "device_bytes": sent by each device since this call began, read from the
+        compiled programs as `collective_ops` does; only on a mesh with several
+        positions;
+      - means over the round and the workers of each metric that is one number per
+        worker, such as "loss";
+      - metrics of rules, such as "dropped_workers" of `drop_outliers`;
+      - values of `evaluate`, NaN for rounds that were not evaluated.
+
+    Raises:
+      NonFiniteLossError: if the metric "loss" of a worker is NaN or infinite; the error
+        has the history up to there.
+      CoordinationError: if the processes of a job have different arguments, programs or
+        batch shapes, if the batches of another process raise, or if one does not
+        respond in time.
+      ValueError: if an argument is out of range, or a batch does not have K rows.
+      TypeError: if batches differ in structure, or `schedule` is no schedule.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> import localsgd_jax as lsgd
+      >>> algorithm = lsgd.local_sgd(lambda w, b: (w - b) ** 2, optax.sgd(0.5),
+      ...                            rule=lsgd.average())
+      >>> cluster = lsgd.simulate(algorithm, workers=2)
+      >>> state = cluster.init(jnp.zeros(()))
+      >>> batches = [jnp.array([1.0, 3.0])] * 5
+      >>> state, history = train(cluster, state, batches, schedule=2, progress=False)
+      >>> history["step"], history["bytes"]
+      (array([2, 4, 5]), array([ 4,  8, 12]))
+    """
+    schedule = schedule if callable(schedule) else schedules.every(schedule)
+    callbacks = Callbacks(
+        evaluate, evaluate_every, eval_fields, on_round_end, save, save_every
+    )
+    settings = RunSettings(schedule, steps, weights, max_steps_per_dispatch)
+    context, examples = context_of(state), 0
+    dispatcher = Dispatcher(cluster, weights, state)
+    history = HistoryRecorder(context, ByteCounter(cluster.bytes_sent, state))
+    prefetcher = SynchronizedPrefetcher(
+        islice(batches, steps),
+        cluster.shard_batch,
+        max_steps_per_dispatch,
+        context.processes,
+    )
+    assert_equal_runs(cluster, state, context, prefetcher, callbacks, settings)
+    in_flight = ResultQueue(context.is_multi_process)
+    with progress_bar(context.is_primary and progress, steps, batches) as bar:
+        outputs = RunOutputs(context, callbacks, schedule, history, bar)
+        plan = segments(settings, context, callbacks, prefetcher.fill)
+        for segment in plan:
+            stacked = prefetcher.next_batches(segment.steps)
+            state, result = dispatcher.run(segment, state, stacked)
+            examples += _num_examples(stacked)
+            outputs.record(in_flight.push(result), state)
+            outputs.update_schedule(segment.end_step)
+            if segment.evaluates:
+                outputs.record(in_flight.pop_all(), state)
+                outputs.evaluate(state)
+            if save and segment.saves and prefetcher.fill():
+                # A loss that is not finite raises here, before the state is saved.
+                outputs.record(in_flight.pop_all(), state)
+                save(state, examples)
+        outputs.record(in_flight.pop_all(), state)
+        if history.open_round:
+            state, device_bytes = dispatcher.synchronize(state)
+            history.close_round(rule_metrics(state), device_bytes)
+        outputs.evaluate(state)
+    if save and examples:
+        save(state, examples)
+    return state, history.columns()
+
+
+def _num_examples(batches: PyTree) -> int:
+    """Returns the number of examples in batches with leaves (H, K, B, ...)."""
+    return math.prod(np.shape(jax.tree.leaves(batches)[0])[:3])

@@ -1,0 +1,98 @@
+"""Outputs of a run: history rows, evaluation, `on_round_end` and progress."""
+
+from collections.abc import Callable, Iterable
+from typing import cast
+
+from localsgd_jax.core.types import State
+from localsgd_jax.distributed import arrays
+from localsgd_jax.distributed.coordination import broadcast_from_first
+from localsgd_jax.execution.mean_model import consensus
+from localsgd_jax.schedules.adaptive import AdaptiveSchedule
+from localsgd_jax.training.callbacks import Callbacks, RowReporter
+from localsgd_jax.training.dispatch import DispatchResult
+from localsgd_jax.training.history import HistoryRecorder, NonFiniteLossError
+from localsgd_jax.training.progress import ProgressBar
+from localsgd_jax.training.run_context import RunContext
+
+
+class RunOutputs:
+    """Passes the results of dispatches to the history and to everything that reads it.
+
+    The last row is reported after its evaluation, or when the next round has ended.
+    """
+
+    def __init__(
+        self,
+        context: RunContext,
+        callbacks: Callbacks,
+        schedule: Callable,
+        history: HistoryRecorder,
+        bar: ProgressBar,
+    ) -> None:
+        """Connects the history with its readers.
+
+        Args:
+          context: processes of the run; the primary one reports rows.
+          callbacks: evaluation and `on_round_end`.
+          schedule: an adaptive schedule is updated with the rows.
+          history: rows of the run.
+          bar: progress bar.
+        """
+        self._processes, self._callbacks = context.processes, callbacks
+        self._history, self._bar = history, bar
+        self._on_round_end = RowReporter(
+            callbacks.on_round_end if context.is_primary else None
+        )
+        is_adaptive = isinstance(schedule, AdaptiveSchedule)
+        self._schedule = RowReporter(schedule.update if is_adaptive else None)
+
+    def record(self, results: Iterable[DispatchResult], state: State) -> None:
+        """Appends the steps of dispatches to the history.
+
+        Args:
+          results: metrics on the host, oldest first.
+          state: state after the last dispatched step.
+
+        Raises:
+          NonFiniteLossError: if a loss is not finite; rows before it are reported.
+        """
+        rows = self._history.rows
+        try:
+            for result in results:
+                self._history.append_steps(result, state)
+                self._bar.update(len(result.due), rows)
+        except NonFiniteLossError:
+            self._on_round_end.report(rows)
+            raise
+        self._on_round_end.report(rows[:-1])
+
+    def update_schedule(self, step: int) -> None:
+        """Updates an adaptive schedule with the rows that it does not know yet.
+
+        Args:
+          step: number of local steps dispatched.
+        """
+        self._schedule.report(self._history.rows, step)
+
+    def evaluate(self, state: State) -> None:
+        """Evaluates the mean model at the end of the last round, once.
+
+        Args:
+          state: state after that round.
+        """
+        rows = self._history.rows
+        if self._callbacks.evaluate and len(rows) > self._on_round_end.num_reported:
+            rows[-1] |= self._evaluate_consensus(state)
+        self._on_round_end.report(rows)
+
+    def _evaluate_consensus(self, state: State) -> dict[str, float]:
+        """Evaluates the mean model in the primary process and broadcasts the values.
+
+        If no process holds all of the model, each of them takes part in the evaluation.
+        """
+        model = consensus(state, self._callbacks.eval_fields)
+        processes = self._processes if arrays.is_fully_addressable(model) else []
+        values = broadcast_from_first(
+            "train(evaluate)", lambda: self._callbacks.run_evaluate(model), processes
+        )
+        return cast(dict[str, float], values)

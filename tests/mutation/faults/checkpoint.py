@@ -1,0 +1,36 @@
+"""Faults planted in `localsgd_jax/checkpoint/`."""
+
+from mutation.mutant import Mutant
+
+MUTANTS = {
+    "hides why a checkpoint was not written": Mutant(
+        "checkpoint/storage.py",
+        "({_root_cause(error)}); complete",
+        "; complete",
+        "multi_process/test_disk_and_clock_failures.py -k full_disk",
+    ),
+    "counts examples from the restart": Mutant(
+        "checkpoint/run_checkpointer.py",
+        '"examples_seen": self._examples_seen + examples_seen',
+        '"examples_seen": examples_seen',
+        "checkpoint/test_run_checkpointer.py -k bitwise",
+    ),
+    "derives keys of new workers with the indices of old ones": Mutant(
+        "checkpoint/resize.py",
+        "jnp.arange(len(keys), max(num_workers, len(keys)))",
+        "jnp.arange(0, max(num_workers, len(keys)) - len(keys))",
+        "checkpoint/test_resize.py -k distinct_keys",
+    ),
+    "restores worker 0 onto all workers": Mutant(
+        "checkpoint/resize.py",
+        "return leaf.mean(0, dtype=accumulation_dtype(leaf)).astype(leaf.dtype)",
+        "return leaf[0]",
+        "checkpoint/test_resize.py -k other_number",
+    ),
+    "does not store the rule": Mutant(
+        "checkpoint/metadata.py",
+        '"rule": dict(cluster.algorithm.rule_names)',
+        '"rule": {}',
+        "checkpoint/test_metadata.py -k by_name",
+    ),
+}

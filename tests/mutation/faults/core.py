@@ -1,0 +1,48 @@
+"""Faults planted in `localsgd_jax/core/`."""
+
+from mutation.mutant import Mutant
+
+MUTANTS = {
+    "ignores the weights of a mean": Mutant(
+        "core/collectives.py",
+        "x * weight.astype(x.dtype), 0",
+        "x, 0",
+        "rules/test_averaging.py -k weighted",
+    ),
+    "adds NaN of workers of weight 0": Mutant(
+        "core/collectives.py",
+        "jnp.where(weight > 0, x * weight.astype(x.dtype), 0)",
+        "x * weight.astype(x.dtype)",
+        "rules/test_invariants.py -k weight_zero",
+    ),
+    "uses one worker's weight for its group": Mutant(
+        "core/collectives.py",
+        "return _psum(promote(jnp.asarray(weight)), inner)",
+        "return promote(jnp.asarray(weight))",
+        "rules/test_hierarchies.py -k group_weights",
+    ),
+    "gives moments no sharding": Mutant(
+        "core/pytrees.py",
+        "sharding_of_shape.get(x.shape)",
+        "None",
+        "execution/test_placement.py -k abstract_arrays",
+    ),
+    "accumulates in half precision": Mutant(
+        "core/collectives.py",
+        "promoted = promote(tree)",
+        "promoted = tree",
+        "core/test_algorithm.py -k half_precision",
+    ),
+    "shifts across devices without a carry": Mutant(
+        "core/collectives.py",
+        "blocks + 1)",
+        "blocks)",
+        "rules/test_decentralized.py -k shift",
+    ),
+    "omits the arguments of a rule from its name": Mutant(
+        "core/call_names.py",
+        "return f\"{function}({', '.join(parts)})\"",
+        'return f"{function}()"',
+        "rules/test_names.py -k with_its_arguments",
+    ),
+}

@@ -1,0 +1,102 @@
+"""Faults planted in `localsgd_jax/execution/`."""
+
+from mutation.mutant import Mutant
+
+MUTANTS = {
+    "vmaps the step of a single lane": Mutant(
+        "execution/placement.py",
+        "if lanes == 1:",
+        "if False:",
+        "execution/test_placement.py -k without_vmap",
+    ),
+    "synchronises one step late": Mutant(
+        "execution/rounds.py",
+        "schedule(state.step), state, weight), metrics",
+        "schedule(state.step - 1), state, weight), metrics",
+        "rules/test_invariants.py -k gated",
+    ),
+    "gives all workers one batch": Mutant(
+        "execution/placement.py",
+        "return jax.vmap(step)",
+        "first = partial(jax.tree.map, lambda x: x[0])\n        return lambda w, b: jax.vmap(step, (0, None))(w, first(b))",
+        "core/test_against_reference.py",
+    ),
+    "counts rounds from zero": Mutant(
+        "execution/placement.py",
+        "number = state.round + 1",
+        "number = state.round",
+        "rules/test_invariants.py -k shared_and_local_state",
+    ),
+    "skips the synchronisation of a fused round": Mutant(
+        "execution/rounds.py",
+        "return cluster.sync(state, weight), metrics",
+        "return state, metrics",
+        "rules/test_invariants.py -k fused",
+    ),
+    "ignores the weights in a fused round": Mutant(
+        "execution/rounds.py",
+        "return cluster.sync(state, weight), metrics",
+        "return cluster.sync(state), metrics",
+        "rules/test_invariants.py -k fused",
+    ),
+    "averages over devices and not over lanes": Mutant(
+        "execution/layout.py",
+        "{last: (last, *self.lanes)}",
+        "{last: (last,)}",
+        "rules/test_invariants.py -k lanes",
+    ),
+    "reduces a metric in a local step": Mutant(
+        "execution/placement.py",
+        "    return state._replace(step=state.step + 1, workers=workers), metrics",
+        "    metrics = jax.tree.map(lambda m: m + 0 * m.mean(), metrics)\n    return state._replace(step=state.step + 1, workers=workers), metrics",
+        "execution/test_compiled_programs.py -k local_step",
+    ),
+    "gathers the shards of a worker": Mutant(
+        "execution/layout.py",
+        "P(self.names, *self._inner_spec(x))",
+        "P(self.names)",
+        "execution/test_compiled_programs.py -k only_its_shards",
+    ),
+    "gives all workers one key": Mutant(
+        "execution/replication.py",
+        "jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (None, 0))",
+        "jax.vmap(jax.vmap(lambda key, k: key, (0, None)), (None, 0))",
+        "core/test_algorithm.py -k keys_differ",
+    ),
+    "counts a round that is not due": Mutant(
+        "execution/placement.py",
+        "number = state.round + jnp.asarray(due, jnp.int32)",
+        "number = state.round + 1",
+        "rules/test_invariants.py -k gated",
+    ),
+    "synchronises outside the conditional": Mutant(
+        "execution/placement.py",
+        "    return jax.lax.cond(\n        due,\n        lambda parts: sync",
+        "    synced = sync(workers, local, shared, round_number, weight)\n    choose = lambda a, b: jnp.where(due, a, b)\n    return jax.tree.map(choose, synced, (workers, local, shared))\n    return jax.lax.cond(\n        due,\n        lambda parts: sync",
+        "execution/test_compiled_programs.py -k gated",
+    ),
+    "discards progress made during a synchronisation": Mutant(
+        "execution/process_local.py",
+        "(promote(a) + (promote(x) - promote(s)))",
+        "promote(a)",
+        "multi_process/test_process_local.py -k overlapped",
+    ),
+    "rounds fields that are not synchronised": Mutant(
+        "execution/process_local.py",
+        "jnp.where(a == s, x, merged)",
+        "merged",
+        "multi_process/test_process_local.py -k unsynchronised",
+    ),
+    "gives all processes the keys of the first workers": Mutant(
+        "execution/process_local.py",
+        "x[first : first + local.num_workers]",
+        "x[: local.num_workers]",
+        "multi_process/test_process_local.py -k initial_keys",
+    ),
+    "ignores the weights of processes": Mutant(
+        "execution/process_programs.py",
+        "if weighted else None",
+        "if False else None",
+        "multi_process/test_process_local.py -k weighted",
+    ),
+}

@@ -1,0 +1,146 @@
+"""Faults planted in `localsgd_jax/rules/`."""
+
+from mutation.mutant import Mutant
+
+MUTANTS = {
+    "omits the variance between the means": Mutant(
+        "rules/batch_statistics.py",
+        "promote(x) + d**2",
+        "promote(x)",
+        "rules/test_batch_statistics.py -k union",
+    ),
+    "takes deviations from zero": Mutant(
+        "rules/batch_statistics.py",
+        "last = state.shared",
+        "last = jax.tree.map(jnp.zeros_like, state.shared)",
+        "rules/test_batch_statistics.py -k cancel",
+    ),
+    "merges statistics without active workers": Mutant(
+        "rules/batch_statistics.py",
+        "return where(any_active, merged, tree), new_state",
+        "return merged, new_state",
+        "rules/test_batch_statistics.py -k all_zero",
+    ),
+    "averages step counts": Mutant(
+        "rules/optimizer_state.py",
+        "jnp.issubdtype(jnp.result_type(x), jnp.inexact) else None",
+        "not jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key) else None",
+        "rules/test_optimizer_state.py -k counts",
+    ),
+    "resets to zero": Mutant(
+        "rules/optimizer_state.py",
+        "jnp.where(any_active, initial, x)",
+        "jnp.where(any_active, 0 * initial, x)",
+        "rules/test_optimizer_state.py -k not_zero",
+    ),
+    "drops the state of a rule in a chain": Mutant(
+        "rules/combinators.py",
+        "states.append(rule_state)",
+        "states.append(RuleState(shared, local))",
+        "rules/test_combinators.py -k chain_of_one",
+    ),
+    "ignores the schedule of when": Mutant(
+        "rules/combinators.py",
+        "due = schedule(context.round)",
+        "due = True",
+        "rules/test_combinators.py -k when",
+    ),
+    "omits one leaf": Mutant(
+        "rules/averaging.py",
+        "return where(any_active, mean, tree), state",
+        "leaves, structure = jax.tree.flatten(where(any_active, mean, tree))\n"
+        "        leaves[-1] = jax.tree.leaves(tree)[-1]\n"
+        "        return structure.unflatten(leaves), state",
+        "rules/test_invariants.py -k workers_are_equal",
+    ),
+    "returns the empty mean": Mutant(
+        "rules/averaging.py",
+        "return where(any_active, mean, tree), state",
+        "return mean, state",
+        "rules/test_invariants.py -k all_zero_weights",
+    ),
+    "ascends the pseudo-gradient": Mutant(
+        "rules/outer_optimizer.py",
+        "jnp.subtract, anchor, promote(tree)",
+        "jnp.subtract, promote(tree), anchor",
+        "rules/test_conformance.py -k nesterov",
+    ),
+    "keeps the anchor in half precision": Mutant(
+        "rules/outer_optimizer.py",
+        "anchor = promote(tree)",
+        "anchor = tree",
+        "rules/test_outer_optimizer.py -k half_precision",
+    ),
+    "sums shards instead of averaging": Mutant(
+        "rules/sharded.py",
+        "collectives.reduce_scatter(rows, context) / workers",
+        "collectives.reduce_scatter(rows, context)",
+        "rules/test_sharded.py -k matches_the_rule",
+    ),
+    "interpolates with exchanged weights": Mutant(
+        "rules/elastic_averaging.py",
+        "x + (1 - alpha) * (t - x)",
+        "x + alpha * (t - x)",
+        "rules/test_elastic_averaging.py -k interpolate",
+    ),
+    "moves workers towards the mean instead of the centre": Mutant(
+        "rules/elastic_averaging.py",
+        "x - alpha * (x - z), workers, centre",
+        "x - alpha * (x - z), workers, mean",
+        "rules/test_elastic_averaging.py -k elastic_average",
+    ),
+    "does not update the snapshot": Mutant(
+        "rules/delayed.py",
+        "new_state = RuleState(inner.shared, (new_tree, inner.local))",
+        "new_state = RuleState(inner.shared, (snapshot, inner.local))",
+        "rules/test_delayed.py -k overlap",
+    ),
+    "counts the rounds of all fragments": Mutant(
+        "rules/streaming.py",
+        "fragment_round = turn // n * rounds_per_fragment + round_of_turn + 1",
+        "fragment_round = context.round",
+        "rules/test_streaming.py -k own_rounds",
+    ),
+    "forgets the server error": Mutant(
+        "rules/compression.py",
+        "chunk = chunk + errors[index]",
+        "chunk = chunk + 0 * errors[index]",
+        "rules/test_compression.py -k preserves_the_sum",
+    ),
+    "forgets the worker error": Mutant(
+        "rules/error_feedback.py",
+        "ravel(tree) + old.worker_error, zeros",
+        "ravel(tree), zeros",
+        "rules/test_compression.py -k preserves_the_sum",
+    ),
+    "keeps the numbers that were sent": Mutant(
+        "rules/compression.py",
+        "ErrorFeedback(vector.at[positions].set(0))",
+        "ErrorFeedback(vector)",
+        "rules/test_compression.py -k test_top_k",
+    ),
+    "counts inactive workers in a median": Mutant(
+        "rules/robust.py",
+        "combine(values, jnp.maximum(jnp.sum(active), 1))",
+        "combine(values, len(values))",
+        "rules/test_robust.py -k median",
+    ),
+    "accepts non-finite workers": Mutant(
+        "rules/robust.py",
+        "inliers = (weights > 0) & jnp.isfinite(log_norms)",
+        "inliers = weights > 0",
+        "rules/test_robust.py -k non_finite",
+    ),
+    "shifts in the wrong direction": Mutant(
+        "rules/decentralized.py",
+        "collectives.shift(own, shift, context)",
+        "collectives.shift(own, -shift, context)",
+        "rules/test_decentralized.py -k doubly_stochastic",
+    ),
+    "ignores weights in diagnostics": Mutant(
+        "rules/diagnostics.py",
+        "normalized = weights / weights.sum()",
+        "normalized = jnp.ones_like(weights) / len(weights)",
+        "rules/test_diagnostics.py -k match_reference",
+    ),
+}

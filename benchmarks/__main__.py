@@ -1,4 +1,4 @@
-"""Runs measurements, each number of devices in its own process.
+"""Command line of the measurements, with a subprocess for each number of devices.
 
     python -m benchmarks                    all measurements that need only a CPU
     python -m benchmarks overhead --tiny    one, small enough to check that it runs

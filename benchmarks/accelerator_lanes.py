@@ -1,4 +1,4 @@
-"""Lanes of a GPT with 124 M parameters on one accelerator, against one plain model.
+"""Round time of K GPT workers (124 M parameters) on one device over one plain model.
 
 K = 1, 2, 4, 8 workers share one device, with the same total batch as the plain model,
 in bfloat16 with float32 parameters and AdamW; H = 16. Intended to take less than eight

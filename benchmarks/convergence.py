@@ -92,7 +92,7 @@ METHODS = {
 
 
 def text(width: int = 64, layers: int = 2, context: int = 64) -> Task:
-    """Byte-level transformer with rotary positions and tied embeddings."""
+    """Builds a byte-level transformer with rotary positions and tied embeddings."""
     topics = HelpTopics(context)
 
     def init(key: jax.Array) -> dict:
@@ -126,7 +126,7 @@ def text(width: int = 64, layers: int = 2, context: int = 64) -> Task:
 
 
 def mnist(width: int = 128) -> Task:
-    """Perceptron with one hidden layer."""
+    """Builds a perceptron with one hidden layer."""
     train, test = load_mnist()
 
     def init(key: jax.Array) -> dict:

@@ -23,7 +23,7 @@ class Model(NamedTuple):
 
 
 def logistic(features: int = 300, batch: int = 16) -> Model:
-    """Logistic regression."""
+    """Builds logistic regression."""
     rng = np.random.default_rng(0)
 
     def loss(params, batch):
@@ -36,7 +36,7 @@ def logistic(features: int = 300, batch: int = 16) -> Model:
 
 
 def mlp(width: int = 672, layers: int = 2, batch: int = 16) -> Model:
-    """Perceptron with 784 inputs and 10 classes: a million parameters by default."""
+    """Builds a perceptron with 784 inputs and 10 classes, by default 10⁶ parameters."""
     sizes = [784, *[width] * layers, 10]
     rng = np.random.default_rng(0)
     params = [
@@ -66,7 +66,7 @@ def gpt(
     batch: int = 1,
     unroll: bool = False,
 ) -> Model:
-    """Decoder with learned positions: ten million parameters by default."""
+    """Builds a decoder with learned positions, by default 10⁷ parameters."""
     rng = np.random.default_rng(0)
 
     def matrix(a, b):
@@ -124,7 +124,7 @@ def decoder_loss(heads: int, unroll: bool = False) -> Callable:
 
 
 def decoder_block(x: jax.Array, block: dict, heads: int, rotary: bool) -> jax.Array:
-    """Pre-norm attention and MLP with residual connections, `(B, T, width)`."""
+    """Applies pre-norm attention and MLP with residuals to `(B, T, width)`."""
     q, k, v = (
         part.reshape(*x.shape[:-1], heads, -1)
         for part in jnp.split(rms_norm(x) @ block["qkv"], 3, axis=-1)
@@ -154,7 +154,7 @@ def apply_rope(x: jax.Array) -> jax.Array:
 
 
 def parameter_heavy(parameters: int, batch: int = 1) -> Model:
-    """Model with any number of parameters and as little else as possible."""
+    """Builds a model with any number of parameters and almost no computation."""
 
     def loss(params, batch):
         return 0.5 * jnp.sum((params - batch[0]) ** 2)

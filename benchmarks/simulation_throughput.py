@@ -95,8 +95,8 @@ def numba_rounds(problem: Problem, indices: np.ndarray) -> np.ndarray:
     rows, l2 = problem.dataset.features, np.float32(problem.l2)
     sparse = rows.indptr, rows.indices, rows.data.astype(np.float32)
     x = np.zeros((indices.shape[2], rows.shape[1]), np.float32)
-    for of_round in indices:
-        numba_round(x, of_round, *sparse, problem.labels, np.float32(RATE), l2)
+    for round_indices in indices:
+        numba_round(x, round_indices, *sparse, problem.labels, np.float32(RATE), l2)
     return x
 
 
@@ -115,23 +115,25 @@ def unpack(words: jax.Array, size: int) -> jax.Array:
     return flat.astype(jnp.float32)
 
 
-def library_rounds(problem: Problem, place: Callable, stored: np.ndarray) -> Callable:
+def library_rounds(
+    problem: Problem, make_cluster: Callable, stored: np.ndarray
+) -> Callable:
     """Returns the rounds of the library; rows are sampled on the device."""
     size, features = problem.dense.shape[1], jnp.asarray(stored)
     labels, loss = jnp.asarray(problem.labels), logistic.loss_fn(problem.dataset)
     algorithm = lsgd.local_sgd(loss, optax.sgd(RATE), lsgd.average())
 
-    def fetch(features, rows):
+    def load_rows(features, rows):
         if features.dtype == jnp.uint32:
             return unpack(features[rows], size)
         return features[rows].astype(jnp.float32)
 
     @partial(jax.jit, static_argnames="workers")
     def rounds(features, labels, indices, workers):
-        cluster = place(algorithm, workers)
+        cluster = make_cluster(algorithm, workers)
 
         def step(state, rows):
-            batch = fetch(features, rows), labels[rows]
+            batch = load_rows(features, rows), labels[rows]
             return cluster.step(state, batch)[0], None
 
         def one_round(state, rows):
@@ -169,18 +171,20 @@ def measure(problem: Problem, runs: dict, workers: int, options) -> dict[str, fl
     count, rounds = len(problem.labels), max(1, options.work // (workers * PERIOD))
     shape = (rounds, PERIOD, workers, BATCH)
     indices = np.random.default_rng(0).integers(0, count, shape).astype(np.int32)
-    few = indices[:2]
-    expected = numpy_rounds(problem, few)
+    test_indices = indices[:2]
+    expected = numpy_rounds(problem, test_indices)
     seconds = dict.fromkeys(runs, np.inf)
     for name, run in runs.items():
-        np.testing.assert_allclose(run(problem, few), expected, atol=1e-4, err_msg=name)
+        np.testing.assert_allclose(
+            run(problem, test_indices), expected, atol=1e-4, err_msg=name
+        )
     for _ in range(options.repeats):
         for name, run in runs.items():
-            used = few[:1] if name == "numpy" else indices
-            run(problem, used)  # Compiles, and loads the data into the cache.
+            timed_indices = test_indices[:1] if name == "numpy" else indices
+            run(problem, timed_indices)  # Compiles, and loads the data into the cache.
             start = time.perf_counter()
-            run(problem, used)
-            per_step = (time.perf_counter() - start) / (used.size / BATCH)
+            run(problem, timed_indices)
+            per_step = (time.perf_counter() - start) / (timed_indices.size / BATCH)
             seconds[name] = min(seconds[name], per_step)
     return {name: 1 / per_step for name, per_step in seconds.items()}
 

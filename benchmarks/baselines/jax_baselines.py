@@ -39,7 +39,7 @@ def split_time(batches: tuple, count: int) -> list[tuple]:
 
 
 def fused(problem: Problem, rule: lsgd.SyncRule) -> tuple[Callable, Callable]:
-    """The library, one dispatch per round."""
+    """Sets up the library with one dispatch per round."""
     cluster = make_cluster(problem, rule)
     one_round = jax.jit(lsgd.fused(cluster), donate_argnums=0)
     batches = [
@@ -54,7 +54,7 @@ def fused(problem: Problem, rule: lsgd.SyncRule) -> tuple[Callable, Callable]:
 def gated(
     problem: Problem, rule: lsgd.SyncRule, period: int | None = None
 ) -> tuple[Callable, Callable]:
-    """The library, one dispatch per step."""
+    """Sets up the library with one dispatch per step."""
     cluster = make_cluster(problem, rule)
     step = lsgd.gated(cluster, lsgd.every(period or problem.period))
     batches = [
@@ -66,7 +66,7 @@ def gated(
 
 
 def with_train(problem: Problem, rule: lsgd.SyncRule) -> tuple[Callable, Callable]:
-    """The library's `train`, which stacks and transfers NumPy batches itself."""
+    """Sets up the library's `train`, which stacks and transfers NumPy batches."""
     cluster = make_cluster(problem, rule)
     batches = [
         jax.tree.map(lambda x: x[0], batch)
@@ -84,7 +84,7 @@ def with_train(problem: Problem, rule: lsgd.SyncRule) -> tuple[Callable, Callabl
 
 
 def data_parallel(problem: Problem) -> tuple[Callable, Callable]:
-    """Data-parallel SGD in plain JAX, jitted and with donation."""
+    """Sets up data-parallel SGD in plain JAX, jitted and with donation."""
     mesh, optimizer = make_mesh("data"), optax.sgd(problem.rate)
 
     def step(state, batch):
@@ -105,7 +105,7 @@ def data_parallel(problem: Problem) -> tuple[Callable, Callable]:
 
 
 def drjax_steps(problem: Problem) -> tuple[Callable, Callable]:
-    """DiLoCo with DrJAX, one program for a local step and one for the outer step."""
+    """Sets up DiLoCo with DrJAX: one program per local step and one per outer step."""
     import drjax
 
     optimizer, outer = optax.sgd(problem.rate), make_outer()
@@ -157,7 +157,7 @@ def drjax_steps(problem: Problem) -> tuple[Callable, Callable]:
 
 
 def drjax_rounds(problem: Problem) -> tuple[Callable, Callable]:
-    """DiLoCo with DrJAX, one dispatch per round with a scan in the mapped function."""
+    """Sets up DiLoCo with DrJAX: one dispatch per round, a scan over local steps."""
     import drjax
 
     optimizer, outer = optax.sgd(problem.rate), make_outer()

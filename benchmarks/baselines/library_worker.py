@@ -28,8 +28,8 @@ def main() -> None:
     jax.config.update("jax_num_cpu_devices", 1)
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     jax.distributed.initialize(address, options.ranks, options.rank)
-    given = problem.make(options.model, options.tiny)
-    step, params = jax_baselines.fused(given, RULES[options.rule]())
+    instance = problem.make(options.model, options.tiny)
+    step, params = jax_baselines.fused(instance, RULES[options.rule]())
     serve_stdin(answers, step, lambda: jax.tree.leaves(jax.device_get(params())))
 
 

@@ -73,7 +73,7 @@ def training_step(loss: Callable, optimizer: torch.optim.Optimizer) -> Callable:
 
 
 def post_local(model: nn.Module, options, stack: ExitStack) -> Callable:
-    """PostLocalSGDOptimizer of torch; with this warm-up it averages at H, 2H, …"""
+    """Sets up PostLocalSGDOptimizer of torch; this warm-up averages at H, 2H, …"""
     from torch.distributed.algorithms.model_averaging import averagers
     from torch.distributed.optim import PostLocalSGDOptimizer
 
@@ -86,7 +86,7 @@ def post_local(model: nn.Module, options, stack: ExitStack) -> Callable:
 
 
 def accelerate_local(model: nn.Module, options, stack: ExitStack) -> Callable:
-    """LocalSGD of accelerate."""
+    """Sets up LocalSGD of accelerate."""
     from accelerate import Accelerator
     from accelerate.local_sgd import LocalSGD
 
@@ -105,7 +105,7 @@ def accelerate_local(model: nn.Module, options, stack: ExitStack) -> Callable:
 
 
 def torchft_local(model: nn.Module, options, stack: ExitStack) -> Callable:
-    """LocalSGD of torchft."""
+    """Sets up LocalSGD of torchft."""
     from torchft.local_sgd import LocalSGD
 
     optimizer = sgd(model, options)
@@ -115,7 +115,7 @@ def torchft_local(model: nn.Module, options, stack: ExitStack) -> Callable:
 
 
 def torchft_diloco(model: nn.Module, options, stack: ExitStack) -> Callable:
-    """DiLoCo of torchft."""
+    """Sets up DiLoCo of torchft."""
     from torchft.local_sgd import DiLoCo
 
     optimizer = sgd(model, options)

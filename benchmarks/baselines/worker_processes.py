@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Loopback:
-    """Hosts that are all this machine."""
+    """Network of hosts that are all this machine."""
 
     coordinator, interface = "localhost", "lo"
 

@@ -68,8 +68,8 @@ def with_ratios(rows: Sequence[dict]) -> list[dict]:
 
     def find_row(row: dict, method: str) -> dict:
         case = (row["model"], row["mbit"], method)
-        found = (x for x in rows if (x["model"], x["mbit"], x["method"]) == case)
-        return next(found, {})
+        matches = (x for x in rows if (x["model"], x["mbit"], x["method"]) == case)
+        return next(matches, {})
 
     def speedup(row: dict) -> float | None:
         reference = find_row(row, "every step").get("s to target")

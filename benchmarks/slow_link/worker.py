@@ -167,7 +167,7 @@ def serve_method(
 def main() -> None:
     """Runs the worker process."""
     name, coordinator, workers, worker, *method_names = sys.argv[1:]
-    # Gloo prints to stdout, which must hold nothing but answers.
+    # Gloo prints to stdout, which must contain answers only.
     answers = redirect_stdout()
 
     def answer(message: dict) -> None:

@@ -12,7 +12,7 @@ from localsgd_jax.distributed.launcher.ports import free_port
 from localsgd_jax.planning.cost_model import Link, fit_link
 
 WORKERS = 2
-# All-reduces behind each time of a link, in the order of attempts.
+# Number of all-reduces per measured time of a link, in the order of attempts.
 REPEATS = (1, 4, 16, 64, 256)
 
 

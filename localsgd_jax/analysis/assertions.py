@@ -94,5 +94,6 @@ def _check_axis_sizes(names: Sequence[str], sizes: Mapping[str, int] | None) -> 
         if sizes[name] < 2:
             raise ValueError(
                 f"assert_no_collectives(axis): the mesh axis {name!r} has size 1, so "
-                "the check is vacuous"
+                "the check is vacuous; use at least 2 devices (on a CPU, start with "
+                "JAX_NUM_CPU_DEVICES=8)"
             )

@@ -43,3 +43,23 @@ def import_function(name: str) -> Callable:
     if not callable(imported):
         raise ValueError(f"{name}: module {module} has no function {function!r}")
     return imported
+
+
+def describe_result(result: object) -> str:
+    """Describes the result of a user function for an error message.
+
+    Args:
+      result: any object.
+
+    Returns:
+      The types of the entries of a tuple; the text of anything else, cut at 200
+      characters.
+
+    Example:
+      >>> describe_result((1, "a")), describe_result(None)
+      ('(int, str)', 'None')
+    """
+    if isinstance(result, tuple) and not hasattr(result, "_fields"):
+        return f"({', '.join(type(entry).__name__ for entry in result)})"
+    text = repr(result)
+    return text if len(text) <= 200 else text[:200] + " …"

@@ -25,7 +25,7 @@ _HLO_NAMES = {
 def jaxpr_bytes_sent(
     function: Callable, axes: Mapping[str, int], *args
 ) -> tuple[int, int]:
-    """Returns the least and the most bytes that one worker sends in a call.
+    """Returns the minimum and maximum bytes that one worker sends in a call.
 
     Each collective of the jaxpr counts by the ring formulas, for a group of n workers
     and an operand of b bytes:
@@ -47,7 +47,7 @@ def jaxpr_bytes_sent(
       *args: arguments or their `jax.ShapeDtypeStruct`.
 
     Returns:
-      The least and the most bytes, rounded up; equal if nothing is conditional.
+      The minimum and maximum bytes, rounded up; equal if nothing is conditional.
 
     Raises:
       NotImplementedError: if a collective is in a loop without a static length.
@@ -59,20 +59,21 @@ def jaxpr_bytes_sent(
       (6000, 6000)
     """
     traced = jax.make_jaxpr(function, axis_env=list(axes.items()))(*args)
-    least, most = _jaxpr_bytes(traced.jaxpr, axes)
-    return math.ceil(least), math.ceil(most)
+    min_bytes, max_bytes = _jaxpr_bytes(traced.jaxpr, axes)
+    return math.ceil(min_bytes), math.ceil(max_bytes)
 
 
 def _jaxpr_bytes(jaxpr: "core.Jaxpr", axes: Mapping[str, int]) -> tuple[float, float]:
-    """Returns the least and the most bytes of all equations."""
+    """Returns the minimum and maximum bytes of all equations."""
     ranges = [_equation_bytes(equation, axes) for equation in jaxpr.eqns]
-    return sum(least for least, _ in ranges), sum(most for _, most in ranges)
+    min_bytes = sum(low for low, _ in ranges)
+    return min_bytes, sum(high for _, high in ranges)
 
 
 def _equation_bytes(
     equation: "core.JaxprEqn", axes: Mapping[str, int]
 ) -> tuple[float, float]:
-    """Returns the least and the most bytes of an equation and of its inner jaxprs."""
+    """Returns the minimum and maximum bytes of an equation and its inner jaxprs."""
     name = equation.primitive.name
     if name in _HLO_NAMES:
         factor = RING_BYTES_FACTOR[_HLO_NAMES[name]]
@@ -86,14 +87,15 @@ def _equation_bytes(
         for param in params
         if _is_jaxpr(param)
     ]
-    most = max((most for _, most in ranges), default=0)
-    if name == "while" and most:
+    min_bytes = min((low for low, _ in ranges), default=0)
+    max_bytes = max((high for _, high in ranges), default=0)
+    if name == "while" and max_bytes:
         raise NotImplementedError(
             "jaxpr_bytes_sent(function): a collective is in a loop without a static "
             "length"
         )
     length = equation.params.get("length", 1)
-    return length * min((least for least, _ in ranges), default=0), length * most
+    return length * min_bytes, length * max_bytes
 
 
 def _is_jaxpr(param: object) -> bool:

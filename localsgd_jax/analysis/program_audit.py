@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
+from localsgd_jax.analysis.entry_point import describe_result
 from localsgd_jax.analysis.ops import CollectiveOp, collective_ops, filter_by_axis
 from localsgd_jax.analysis.table import format_table
 from localsgd_jax.analysis.total_bytes import total_bytes_sent
@@ -72,7 +73,8 @@ def audit_program(build: Callable, mesh: Mesh, axis: str, kind: str) -> Report:
         ) from None
     if not (isinstance(program, Sequence) and program and callable(program[0])):
         raise TypeError(
-            f"audit: the function must return (function, *arguments), got {program!r}"
+            "audit: the function must return (function, *arguments), got "
+            f"{describe_result(program)}"
         )
     function, *arguments = program
     ops = collective_ops(function, *arguments, mesh=mesh)
@@ -91,8 +93,10 @@ def format_report(report: Report) -> str:
     Returns:
       The lines.
     """
-    least, most = total_bytes_sent(report.collectives, report.axis)
-    amount = f"{least:.0f}" if least == most else f"{least:.0f} to {most:.0f}"
+    min_bytes, max_bytes = total_bytes_sent(report.collectives, report.axis)
+    amount = f"{min_bytes:.0f}"
+    if max_bytes != min_bytes:
+        amount += f" to {max_bytes:.0f}"
     return "\n".join(
         [
             f"compiled for {report.devices}",

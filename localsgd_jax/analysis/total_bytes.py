@@ -7,14 +7,14 @@ from typing import TypeAlias
 
 from localsgd_jax.analysis.ops import Branch, CollectiveOp, Loop, filter_by_axis
 
-# Least and most bytes.
+# Minimum and maximum bytes.
 _Range: TypeAlias = tuple[float, float]
 
 
 def total_bytes_sent(
     ops: Iterable[CollectiveOp], axis: str | Sequence[str] | None = None
 ) -> tuple[float, float]:
-    """Returns the least and the most bytes that a device sends per execution.
+    """Returns the minimum and maximum bytes that a device sends per execution.
 
     Loops count with their trip count. If the branches of a conditional differ, the
     cheapest branch counts for the minimum and the most expensive one for the maximum.
@@ -25,7 +25,7 @@ def total_bytes_sent(
         for each of them.
 
     Returns:
-      The least and the most bytes. A loop without a static trip count contributes 0
+      The minimum and maximum bytes. A loop without a static trip count contributes 0
       to the minimum and infinity to the maximum.
 
     Example:
@@ -73,15 +73,16 @@ class _Sequence:
         parts = [(sent, sent) for sent in self.ops]
         parts += [_loop_range(loop, body) for loop, body in self.loops.items()]
         parts += map(_conditional_range, self.conditionals.values())
-        return sum(least for least, _ in parts), sum(most for _, most in parts)
+        min_bytes = sum(low for low, _ in parts)
+        return min_bytes, sum(high for _, high in parts)
 
 
 def _loop_range(loop: Loop, body: _Sequence) -> _Range:
     """Returns the bytes of all iterations of a loop."""
-    least, most = body.bytes_range()
+    min_bytes, max_bytes = body.bytes_range()
     if loop.trip_count is None:
-        return 0, math.inf if most else 0
-    return loop.trip_count * least, loop.trip_count * most
+        return 0, math.inf if max_bytes else 0
+    return loop.trip_count * min_bytes, loop.trip_count * max_bytes
 
 
 def _conditional_range(branches: dict[Branch, _Sequence]) -> _Range:
@@ -89,5 +90,5 @@ def _conditional_range(branches: dict[Branch, _Sequence]) -> _Range:
     ranges = [branch.bytes_range() for branch in branches.values()]
     # A branch without ops is not in the tree and sends nothing.
     some_branch_is_empty = len(branches) < next(iter(branches)).count
-    least = 0 if some_branch_is_empty else min(least for least, _ in ranges)
-    return least, max(most for _, most in ranges)
+    min_bytes = 0 if some_branch_is_empty else min(low for low, _ in ranges)
+    return min_bytes, max(high for _, high in ranges)

@@ -220,15 +220,15 @@ def _broadcast_per_step(
     Raises:
       ValueError: if the shape is none of these, or a number is not finite and valid.
     """
-    given = np.asarray(value, float)
-    if given.shape not in ((), shape[1:], shape):
+    values = np.asarray(value, float)
+    if values.shape not in ((), shape[1:], shape):
         raise ValueError(
-            f"{call}: a number, {shape[1]} numbers or {shape} ones are needed, got "
-            f"shape {given.shape}"
+            f"{call}: it must be a number, {shape[1]} numbers or an array of shape "
+            f"{shape}, got shape {values.shape}"
         )
-    if (bad := ~(np.isfinite(given) & valid(given))).any():
-        raise ValueError(f"{call}: it must be finite and {rule}, got {given[bad][0]}")
-    return np.broadcast_to(given, shape)
+    if (bad := ~(np.isfinite(values) & valid(values))).any():
+        raise ValueError(f"{call}: it must be finite and {rule}, got {values[bad][0]}")
+    return np.broadcast_to(values, shape)
 
 
 def _completion_times(speeds: np.ndarray, constant: bool) -> list[float]:

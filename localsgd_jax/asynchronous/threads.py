@@ -240,13 +240,13 @@ class _WorkerLoop(NamedTuple):
         Returns:
           Both after the last update.
         """
-        done, version = 0, 0
+        local_step, version = 0, 0
         while True:
             start = time.perf_counter()
-            worker, metrics = self._local_steps(worker, done)
+            worker, metrics = self._local_steps(worker, local_step)
             if not (steps := sum(count for count, _ in metrics)):
                 return worker, last_read
-            done += steps
+            local_step += steps
             if self.delay_fn:
                 elapsed = time.perf_counter() - start
                 self.queue.stop.wait(self.delay_fn(self.worker, elapsed))
@@ -256,30 +256,32 @@ class _WorkerLoop(NamedTuple):
             aggregate = jax.device_put(aggregate, self.device)
             worker, last_read = self.programs.pull(worker, aggregate, last_read)
 
-    def _local_steps(self, worker: PyTree, done: int) -> tuple[PyTree, list]:
+    def _local_steps(self, worker: PyTree, local_step: int) -> tuple[PyTree, list]:
         """Takes local steps up to the next update or the queue end."""
         metrics = []
         while True:
-            entries = self.queue.get(self._steps_until_due(done))
+            entries = self.queue.get(self._steps_until_due(local_step))
             if not entries:
                 return worker, metrics
             batches = jax.device_put(stack_leaves(*entries), self.device)
             worker, stacked = self.programs.local_steps(worker, batches)
             # Without blocking, the thread would time dispatch instead of execution.
             jax.block_until_ready(worker)
-            done += len(entries)
-            named = _collect_metrics(self.worker, done, stacked)
+            local_step += len(entries)
+            named = _collect_metrics(self.worker, local_step, stacked)
             metrics.append((len(entries), named))
-            if self.due(done):
+            if self.due(local_step):
                 return worker, metrics
 
-    def _steps_until_due(self, done: int) -> int:
+    def _steps_until_due(self, local_step: int) -> int:
         """Returns the steps until the schedule is due, at most `max_steps`."""
-        ahead = range(1, self.max_steps + 1)
-        return next((i for i in ahead if self.due(done + i)), self.max_steps)
+        offsets = range(1, self.max_steps + 1)
+        return next((i for i in offsets if self.due(local_step + i)), self.max_steps)
 
 
-def _collect_metrics(worker: int, done: int, metrics: PyTree) -> dict[str, np.ndarray]:
+def _collect_metrics(
+    worker: int, local_step: int, metrics: PyTree
+) -> dict[str, np.ndarray]:
     """Returns the scalar metrics by name, each `(H,)`.
 
     Raises:
@@ -290,8 +292,8 @@ def _collect_metrics(worker: int, done: int, metrics: PyTree) -> dict[str, np.nd
     }
     if not np.isfinite(named.get("loss", 0.0)).all():
         raise FloatingPointError(
-            f"run(): the loss of worker {worker} is not finite within its first {done} "
-            "local steps"
+            f"run(): the loss of worker {worker} is not finite within its first "
+            f"{local_step} local steps"
         )
     return named
 

@@ -52,10 +52,10 @@ def run_fingerprint(cluster: Cluster, seed: int, config: Mapping | None) -> dict
 def describe_leaves(state: State) -> dict[str, str]:
     """Returns dtype and shape of each leaf, without the worker axis, by path."""
     described = {}
-    for part in ("workers", "local", "shared"):
-        for path, leaf in jax.tree.leaves_with_path(getattr(state, part)):
-            shape = leaf.shape if part == "shared" else leaf.shape[1:]
-            described[part + jax.tree_util.keystr(path)] = f"{leaf.dtype}{list(shape)}"
+    for field in ("workers", "local", "shared"):
+        for path, leaf in jax.tree.leaves_with_path(getattr(state, field)):
+            shape = leaf.shape if field == "shared" else leaf.shape[1:]
+            described[field + jax.tree_util.keystr(path)] = f"{leaf.dtype}{list(shape)}"
     return described
 
 

@@ -31,7 +31,7 @@ class _MeshAxes(click.ParamType):
         return {name: int(size) for name, size in pairs}
 
 
-@click.command()
+@click.command(short_help="Report the collectives of a compiled program.")
 @click.argument("name", metavar="MODULE:FUNCTION")
 @click.option(
     "--axis", default="worker", show_default=True, help="Mesh axis between workers."

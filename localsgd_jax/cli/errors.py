@@ -11,11 +11,13 @@ INPUT_ERRORS = (ValueError, TypeError, OSError, CoordinationError)
 
 
 @contextlib.contextmanager
-def click_errors(kinds: tuple[type[Exception], ...] = INPUT_ERRORS) -> Iterator[None]:
+def click_errors(
+    error_types: tuple[type[Exception], ...] = INPUT_ERRORS,
+) -> Iterator[None]:
     """Converts input errors into one-line click errors.
 
     Args:
-      kinds: types of the errors to convert.
+      error_types: types of the errors to convert.
 
     Yields:
       Nothing.
@@ -25,7 +27,7 @@ def click_errors(kinds: tuple[type[Exception], ...] = INPUT_ERRORS) -> Iterator[
     """
     try:
         yield
-    except kinds as error:
+    except error_types as error:
         text = str(error)
         if isinstance(error, OSError) and error.filename is not None:
             text = f"{error.filename}: {error.strerror}"

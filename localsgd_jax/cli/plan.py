@@ -10,13 +10,13 @@ from localsgd_jax.cli.errors import click_errors
 _POSITIVE = click.FloatRange(min=0, min_open=True)
 
 
-@click.command()
+@click.command(short_help="Recommend a synchronisation period for a link.")
 @click.option(
     "--measure",
     "function_name",
     metavar="MODULE:FUNCTION",
-    help="Measure the result of FUNCTION(mesh): a cluster, its state and a batch; with "
-    "--steps also the loss of an example and, optionally, examples.",
+    help="Function to measure. FUNCTION(mesh) returns a cluster, its state and a batch "
+    "(arrays); with --steps also the loss of an example and, optionally, examples.",
 )
 @click.option(
     "--workers",
@@ -51,10 +51,14 @@ _POSITIVE = click.FloatRange(min=0, min_open=True)
     help="Local steps that overlap with the all-reduce of a fragment.",
 )
 @click.option(
-    "--latency", type=click.FloatRange(min=0), help="Latency of your link in seconds."
+    "--latency",
+    type=click.FloatRange(min=0),
+    help="Latency of your link in seconds; needs --bandwidth.",
 )
 @click.option(
-    "--bandwidth", type=_POSITIVE, help="Bandwidth of your link in bytes per second."
+    "--bandwidth",
+    type=_POSITIVE,
+    help="Bandwidth of your link in bytes per second; needs --latency.",
 )
 @click.option(
     "--max-communication-fraction",
@@ -90,7 +94,7 @@ _POSITIVE = click.FloatRange(min=0, min_open=True)
 def plan(
     figure: Path | None, max_communication_fraction: float, as_json: bool, **options
 ) -> None:
-    """Recommend a synchronisation period for your link and for typical ones.
+    """Recommend a synchronisation period for your link and for example links.
 
     Give --step-seconds and --parameters, or --measure, which times local steps, rounds
     and all-reduces on the local devices. Without accelerators, these are --workers

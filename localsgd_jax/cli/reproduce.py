@@ -45,8 +45,8 @@ def common_options(command: Callable) -> Callable:
 def reproduce() -> None:
     """Repeat one experiment of the paper, or all of them.
 
-    Each writes a table NAME.csv, a figure NAME.png and NAME.svg, and NAME.txt with the
-    expected and the observed results.
+    Each experiment NAME writes a table NAME.csv, a figure NAME.png and NAME.svg, and
+    NAME.txt with the expected and the observed results.
     """
 
 
@@ -59,7 +59,7 @@ _DATA = click.option(
 _RHO_HELP = "Communication cost: time to exchange a vector over time of a gradient."
 
 
-@reproduce.command("speedup-theory")
+@reproduce.command("speedup-theory", short_help="Evaluate the model of the speedup.")
 @common_options
 @click.option(
     "--rho",
@@ -73,7 +73,7 @@ _RHO_HELP = "Communication cost: time to exchange a vector over time of a gradie
     type=click.FloatRange(min=0, min_open=True),
     default=1e-6,
     show_default=True,
-    help="The positive accuracy of panel (b).",
+    help="Accuracy ε of panel (b) of the figure.",
 )
 def speedup_theory(quick: bool, out: Path, rho: float, epsilon: float) -> None:
     """Evaluate the model of the speedup S(K) over K and H, for several accuracies ε.
@@ -87,7 +87,7 @@ def speedup_theory(quick: bool, out: Path, rho: float, epsilon: float) -> None:
         click.echo(experiment.run(out, rho, epsilon), nl=False)
 
 
-@reproduce.command()
+@reproduce.command(short_help="Measure iterations to reach ε on w8a.")
 @common_options
 @click.option(
     "--rho",
@@ -96,7 +96,7 @@ def speedup_theory(quick: bool, out: Path, rho: float, epsilon: float) -> None:
     multiple=True,
     default=(1.0, 25.0),
     show_default=True,
-    help=_RHO_HELP + " May be given several times; a change repeats no run.",
+    help=_RHO_HELP + " May be given several times. Runs are reused when it changes.",
 )
 @click.option(
     "--seeds",
@@ -130,7 +130,7 @@ def w8a(quick: bool, out: Path, rhos: tuple, data: str, **overrides) -> None:
         click.echo(experiment.run(out, config, data, rhos), nl=False)
 
 
-@reproduce.command("period-scaling")
+@reproduce.command("period-scaling", short_help="Measure how H may grow with T.")
 @common_options
 def period_scaling(quick: bool, out: Path) -> None:
     """Measure how fast the period H may grow with T: as √(T/K), not faster."""
@@ -141,7 +141,7 @@ def period_scaling(quick: bool, out: Path) -> None:
         click.echo(experiment.run(out, config), nl=False)
 
 
-@reproduce.command("linear-speedup")
+@reproduce.command("linear-speedup", short_help="Measure error × K at fixed T.")
 @common_options
 def linear_speedup(quick: bool, out: Path) -> None:
     """Measure error × K at fixed T, and the K at which the linear speedup ends."""
@@ -152,7 +152,7 @@ def linear_speedup(quick: bool, out: Path) -> None:
         click.echo(experiment.run(out, config), nl=False)
 
 
-@reproduce.command()
+@reproduce.command(short_help="Measure the time to ε with slow workers.")
 @common_options
 @_DATA
 def stragglers(quick: bool, out: Path, data: str) -> None:
@@ -164,11 +164,11 @@ def stragglers(quick: bool, out: Path, data: str) -> None:
         click.echo(experiment.run(out, config, data), nl=False)
 
 
-@reproduce.command("all")
+@reproduce.command("all", short_help="Run all experiments.")
 @common_options
 @click.pass_context
 def run_all(context: click.Context, quick: bool, out: Path) -> None:
-    """Run all experiments, with --quick each in its smaller version."""
+    """Run all experiments; with --quick, a smaller version of each."""
     for name, command in reproduce.commands.items():
         if command is not run_all:
             click.echo(f"{name} …", err=True)

@@ -39,7 +39,13 @@ _POSITIVE_INT = click.IntRange(min=1)
     help="A file in LIBSVM format, also .gz, .bz2 or .xz; or w8a or a9a, downloaded "
     "once (write ./w8a for a file of that name).",
 )
-@click.option("--workers", default=8, show_default=True, type=_POSITIVE_INT)
+@click.option(
+    "--workers",
+    default=8,
+    show_default=True,
+    type=_POSITIVE_INT,
+    help="Number of workers K.",
+)
 @click.option(
     "--period",
     type=_POSITIVE_INT,
@@ -66,18 +72,29 @@ _POSITIVE_INT = click.IntRange(min=1)
     help="Local steps of each worker.",
 )
 @click.option(
-    "--optimizer", default="sgd", show_default=True, type=click.Choice([*OPTIMIZERS])
+    "--optimizer",
+    default="sgd",
+    show_default=True,
+    type=click.Choice([*OPTIMIZERS]),
+    help="Inner optimizer.",
 )
 @click.option(
     "--learning-rate",
     type=PositiveFloat32(),
     help="Initial value; decreases linearly to zero.  [default: from the data]",
 )
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0))
+@click.option(
+    "--seed",
+    default=0,
+    show_default=True,
+    type=click.IntRange(min=0),
+    help="Seed of the order of the examples.",
+)
 @click.option(
     "--devices",
     type=_POSITIVE_INT,
-    help="Number of devices.  [default: all accelerators, or up to 8 CPU devices]",
+    help="Number of devices, each with an equal number of workers.  [default: all "
+    "accelerators, or up to 8 CPU devices]",
 )
 @click.option(
     "--out",

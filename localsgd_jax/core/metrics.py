@@ -39,6 +39,6 @@ def rule_metrics(state: State) -> dict[str, jax.Array]:
     Returns:
       Scalars by name; if several rules use one name, that of the last rule.
     """
-    parts = jax.tree.leaves(state.shared, is_leaf=lambda x: isinstance(x, RuleMetrics))
-    found = [part.scalars for part in parts if isinstance(part, RuleMetrics)]
-    return {name: number for numbers in found for name, number in numbers.items()}
+    nodes = jax.tree.leaves(state.shared, is_leaf=lambda x: isinstance(x, RuleMetrics))
+    reported = [node.scalars for node in nodes if isinstance(node, RuleMetrics)]
+    return {name: number for scalars in reported for name, number in scalars.items()}

@@ -25,8 +25,7 @@ def get_fields(state: PyTree, names: Iterable[str]) -> dict[str, PyTree]:
     for name in names:
         if name not in existing:
             raise ValueError(
-                f"rule for the field {name!r}: the train state has no such field; "
-                f"it has {existing}"
+                f"field {name!r}: the train state has no such field; it has {existing}"
             )
     if isinstance(state, Mapping):
         return {name: state[name] for name in names}

@@ -169,7 +169,7 @@ class SynchronizedPrefetcher:
         return num_ready
 
     def _num_batches(self, process: int, message: dict) -> int:
-        """Returns the number of batches of a process; raises if it cannot read them."""
+        """Returns the number of batches in a message; raises if it holds an error."""
         if "error" in message:
             raise CoordinationError(
                 f"{self._coordinator.call}: process {process} raised {message['error']}"
@@ -177,7 +177,7 @@ class SynchronizedPrefetcher:
         return message["num_ready"]
 
     def _check_shapes_equal(self, messages: dict[int, dict]) -> None:
-        """Raises if shapes differ; a process without a message has its last shapes."""
+        """Raises if shapes differ; without a message, the last published ones count."""
         processes = self._coordinator.processes
         shapes = dict.fromkeys(processes, self._last_description)
         shapes |= {process: message["shapes"] for process, message in messages.items()}
@@ -189,7 +189,7 @@ class SynchronizedPrefetcher:
 
 
 def _describe_shapes(batch: PyTree) -> dict[str, str]:
-    """Describes the leaves of a batch; K stands for the rows that a process has."""
+    """Describes the leaves of a batch, with "K" for the number of local rows."""
 
     def describe(leaf: jax.Array | np.ndarray) -> str:
         sizes = ", ".join(["K", *map(str, np.shape(leaf)[1:])])

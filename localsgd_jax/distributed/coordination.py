@@ -116,7 +116,7 @@ class Coordinator:
         raise CoordinationError(f"{self.call}: {'; '.join(problems)}")
 
     def broadcast(self, compute: Callable[[], object]) -> object:
-        """Returns the value computed by the lowest process in every process.
+        """Computes a value in the lowest-ranked process and sends it to all processes.
 
         The other processes wait without a time limit, because a computation such as an
         evaluation may take longer than the timeout of a barrier. If the computing
@@ -210,7 +210,7 @@ def assert_equal_across_processes(
 def broadcast_from_first(
     call: str, compute: Callable[[], object], processes: Sequence[int]
 ) -> object:
-    """Returns the value computed by the lowest process in every process.
+    """Computes a value in the lowest-ranked process and sends it to all processes.
 
     Args:
       call: public call for error messages; all processes make the same calls.

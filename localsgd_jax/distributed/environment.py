@@ -61,12 +61,12 @@ def resolve_process(
       TypeError: if a number is not an int.
       ValueError: if arguments or variables are incomplete or out of range.
     """
-    given = (coordinator_address, num_processes, process_id)
+    arguments = (coordinator_address, num_processes, process_id)
     if coordinator_address is None or num_processes is None or process_id is None:
-        if given != (None, None, None):
+        if arguments != (None, None, None):
             raise ValueError(
                 "initialize(coordinator_address, num_processes, process_id): pass all "
-                f"three or none, got {given}"
+                f"three or none, got {arguments}"
             )
         return _from_environment() or _from_cluster(timeout)
     return _validate("initialize()", coordinator_address, num_processes, process_id)

@@ -1,6 +1,6 @@
 """TCP rendezvous of all processes before `jax.distributed.initialize`.
 
-JAX aborts a process that waits in vain for another one, and accepts processes of
+JAX aborts a process when its wait for another one times out, and accepts processes of
 another job at its coordination service. Therefore all processes first connect to the
 coordinator's port in plain TCP. Each message is one line of JSON. A process registers
 with its index and the fingerprint of its environment; process 0 compares the

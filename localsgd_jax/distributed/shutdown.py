@@ -69,10 +69,12 @@ def _install_excepthook() -> None:
     previous_hook = sys.excepthook
 
     def hook(
-        kind: type[BaseException], error: BaseException, trace: TracebackType | None
+        error_type: type[BaseException],
+        error: BaseException,
+        trace: TracebackType | None,
     ) -> None:
-        previous_hook(kind, error, trace)
-        exit_process(130 if issubclass(kind, KeyboardInterrupt) else 1)
+        previous_hook(error_type, error, trace)
+        exit_process(130 if issubclass(error_type, KeyboardInterrupt) else 1)
 
     sys.excepthook = hook
 

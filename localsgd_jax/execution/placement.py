@@ -173,14 +173,14 @@ def _init(algorithm: Algorithm, layout: Layout, params: PyTree) -> State:
     """Initialises the state, after comparing the configuration of all processes."""
     mesh = layout.mesh
     if mesh is not None and mesh.is_multi_process and not pytrees.is_abstract(params):
-        facts = {
+        fingerprint = {
             "workers": layout.num_workers,
             "mesh": dict(mesh.shape),
             "rule": dict(algorithm.rule_names),
             "params": arrays.describe_leaves(params),
         }
         holders = arrays.processes_of(NamedSharding(mesh, P()))
-        coordination.assert_equal_across_processes("init(params)", facts, holders)
+        coordination.assert_equal_across_processes("init(params)", fingerprint, holders)
     return init_state(algorithm, layout, params)
 
 
@@ -239,10 +239,10 @@ def _bytes_sent(
 
     They are counted as if each worker had a device of its own.
     """
-    given = jax.eval_shape(lambda state: state, state)
+    shapes = jax.eval_shape(lambda state: state, state)
     worker, local = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype),
-        (given.workers, given.local),
+        (shapes.workers, shapes.local),
     )
     carriers = {name: (name,) for name in layout.axes}
 
@@ -252,7 +252,7 @@ def _bytes_sent(
         return algorithm.sync(worker, RuleState(shared, local), context)
 
     return jaxpr_bytes_sent(
-        traced_sync, layout.axes, worker, local, given.shared, given.round
+        traced_sync, layout.axes, worker, local, shapes.shared, shapes.round
     )
 
 
@@ -323,8 +323,8 @@ def _sync_if(sync: Callable, due, workers, local, shared, round_number, weight):
     """Synchronises the workers of a position inside a conditional."""
     return jax.lax.cond(
         due,
-        lambda parts: sync(*parts, round_number, weight),
-        lambda parts: parts,
+        lambda operands: sync(*operands, round_number, weight),
+        lambda operands: operands,
         (workers, local, shared),
     )
 
@@ -341,14 +341,14 @@ def _shard_map_all(
     shard_map = partial(
         jax.shard_map, mesh=layout.mesh, axis_names=set(layout.axes), check_vma=False
     )
-    parts = (split, split, replicated)
-    arguments = (*parts, replicated, split)
+    state_specs = (split, split, replicated)
+    sync_specs = (*state_specs, replicated, split)
     return (
         shard_map(step, in_specs=(split, split), out_specs=(split, split)),
-        shard_map(sync, in_specs=arguments, out_specs=parts),
+        shard_map(sync, in_specs=sync_specs, out_specs=state_specs),
         # The conditional is inside the shard_map: around it, the GPU compiler of JAX
         # 0.11 gathers the outputs of both branches, whether the round is due or not.
-        shard_map(sync_if, in_specs=(replicated, *arguments), out_specs=parts),
+        shard_map(sync_if, in_specs=(replicated, *sync_specs), out_specs=state_specs),
     )
 
 

@@ -124,32 +124,34 @@ def on_processes(
       Array([2., 2.], dtype=float32)
     """
     axes = as_tuple(axis)
-    place = partial(on_mesh, algorithm, axis=axis, worker_map=worker_map)
-    everywhere = place(mesh, workers)
-    workers_per_position = everywhere.num_workers // place(mesh).num_workers
+    make_cluster = partial(on_mesh, algorithm, axis=axis, worker_map=worker_map)
+    global_cluster = make_cluster(mesh, workers)
+    workers_per_position = global_cluster.num_workers // make_cluster(mesh).num_workers
 
     @cache
     def sub_cluster(devices: tuple) -> SubCluster:
-        part = submesh(mesh, devices, axis)
-        count = workers_per_position * place(part).num_workers
-        return SubCluster(part, place(part, count), axes)
+        sub_mesh = submesh(mesh, devices, axis)
+        count = workers_per_position * make_cluster(sub_mesh).num_workers
+        return SubCluster(sub_mesh, make_cluster(sub_mesh, count), axes)
 
     devices = tuple(mesh.devices.flat)
     positions = sub_cluster(devices).process_of_position
-    worker_process = np.repeat(positions, everywhere.num_workers // len(positions))
+    worker_process = np.repeat(positions, global_cluster.num_workers // len(positions))
     local = sub_cluster(tuple(d for d in devices if d in jax.local_devices()))
     programs = ProcessPrograms(sub_cluster, local)
     first = int(np.argmax(worker_process == jax.process_index()))
     return ProcessCluster(
         local=local.cluster,
-        num_workers=everywhere.num_workers,
-        init=partial(_init, algorithm, local.cluster, everywhere.num_workers, first),
+        num_workers=global_cluster.num_workers,
+        init=partial(
+            _init, algorithm, local.cluster, global_cluster.num_workers, first
+        ),
         local_steps=programs.local_steps,
         sync=partial(_sync, programs, devices),
         mean=partial(_mean, programs, devices),
         mean_cluster=simulate(algorithm, 1, axis=axes[-1]),
         replicate=partial(_replicate, local, first),
-        bytes_sent=everywhere.bytes_sent,
+        bytes_sent=global_cluster.bytes_sent,
         first_local_worker=first,
         worker_process=tuple(worker_process.tolist()),
         devices=devices,

@@ -149,11 +149,11 @@ def to_binary_labels(source: Path | str, labels: np.ndarray) -> np.ndarray:
     """
     distinct = np.unique(labels)
     if len(distinct) != 2:
-        shown = ", ".join(f"{label:g}" for label in distinct[:_MAX_LABELS_SHOWN])
+        listed = ", ".join(f"{label:g}" for label in distinct[:_MAX_LABELS_SHOWN])
         more = ", ..." if len(distinct) > _MAX_LABELS_SHOWN else ""
         raise ValueError(
             f"{source}: the labels must be of two classes, got {len(distinct)}: "
-            f"{shown}{more}"
+            f"{listed}{more}"
         )
     return np.where(labels == distinct[1], 1.0, -1.0)
 

@@ -32,7 +32,7 @@ class Outcome(NamedTuple):
 
 
 def check_writable(figure: Path) -> None:
-    """Raises OSError if the directory of the figure is missing, or it is one itself."""
+    """Raises an OSError if the path is a directory or its parent does not exist."""
     if not figure.parent.is_dir():
         raise NotADirectoryError(f"--figure: no directory {str(figure.parent)!r}")
     if figure.is_dir():

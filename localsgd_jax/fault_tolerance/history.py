@@ -57,8 +57,8 @@ def round_columns(
     wait_seconds = compute_seconds.max() - compute_seconds
 
     def per_process(values: np.ndarray) -> list[float]:
-        known = dict(zip(live, values.tolist(), strict=True))
-        return [known.get(process, math.nan) for process in processes]
+        by_process = dict(zip(live, values.tolist(), strict=True))
+        return [by_process.get(process, math.nan) for process in processes]
 
     columns = {
         "live_processes": len(live),

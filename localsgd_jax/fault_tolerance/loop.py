@@ -135,16 +135,16 @@ def train(
             f"train(min_processes): there are {count} processes, got {min_processes}"
         )
     assert_equal_runs(state, limits, overlap, callbacks, membership.processes)
-    shown = membership.process_index == 0 and progress
+    show_bar = membership.process_index == 0 and progress
     with (
         _sigterm_event() as stop_requested,
-        progress_bar(shown, steps, batches) as bar,
+        progress_bar(show_bar, steps, batches) as bar,
     ):
         run = _make_run(
             cluster, state, batches, membership, limits, callbacks, stop_requested, bar
         )
         state, status = _run_rounds(run, state, overlap)
-        # A process that has finished learns here whether process 0 has, too.
+        # Raises in all processes if the last callbacks of process 0 have raised.
         membership.run_atomically(lambda devices: None)
     if status.exit_code:
         raise SystemExit(status.exit_code)

@@ -41,10 +41,10 @@ def run_callbacks(run: Run, progress: Progress, state: State) -> None:
 
 @contextlib.contextmanager
 def propagate_errors(membership: Membership) -> Iterator[None]:
-    """Publishes an exception of the block, so that it ends the other processes, too.
+    """Propagates an exception of the block to all other processes.
 
-    The other processes are in `run_atomically` then, or will be; here it is called with
-    a function that raises, until it gives up.
+    The other processes have called `run_atomically`, or will call it next. Here it is
+    called with a function that raises the exception, until all attempts have failed.
     """
     try:
         yield
@@ -80,5 +80,5 @@ def _mean(run: Run, tree: PyTree) -> PyTree:
 
 
 def _raise(error: Exception, devices: list) -> None:
-    """Raises an error in place of a call."""
+    """Raises an error, as a function for `run_atomically`."""
     raise error

@@ -6,7 +6,7 @@ all-or-nothing semantics, but it does not suffice here (JAX 0.10 to 0.12):
 - Neither its barriers nor the code in its `with` block have a timeout. A process that
   hangs while its heartbeats continue would block all others indefinitely.
 - It detects failed processes only. If the code raises in a live process, the others
-  wait for that process in a collective and never learn of the error. Here a failure is
+  wait for that process in a collective and do not receive the error. Here a failure is
   published in the key-value store, and the other processes cancel.
 - It does not retry, and it keeps the live devices of the previous block in a global
   object.

@@ -7,7 +7,7 @@ import numpy as np
 
 
 class RoundReport(NamedTuple):
-    """Facts about a round: of one process, or of all live processes.
+    """Steps, times, flags and metrics of a round, of one or of all live processes.
 
     Attributes:
       steps: local steps of the round. A number for one process, an array `(N,)` for N

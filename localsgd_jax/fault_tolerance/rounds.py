@@ -117,7 +117,7 @@ def complete_sync(
 
     Args:
       run: parts of the run.
-      progress: is updated, except for the facts about local steps.
+      progress: is updated, except for the fields about local steps.
       pending: from `start_sync`.
       current: the snapshot of `pending`, or the state after further local steps.
 
@@ -169,9 +169,9 @@ def steps_until_sync(schedule: Callable, step: int, last_step: float) -> int:
       >>> steps_until_sync(lambda step: step % 4 == 0, 5, 6)
       1
     """
-    left = max(last_step - step, 0)
-    steps = itertools.takewhile(lambda i: i < left, itertools.count(1))
-    return int(next((i for i in steps if schedule(step + i)), left))
+    remaining = max(last_step - step, 0)
+    steps = itertools.takewhile(lambda i: i < remaining, itertools.count(1))
+    return int(next((i for i in steps if schedule(step + i)), remaining))
 
 
 def _record_round(
@@ -213,7 +213,7 @@ def _make_report(
 
 
 def _mean_metrics(metrics: PyTree) -> dict[str, float]:
-    """Waits; returns the means of metrics that are one number per step and worker."""
+    """Averages the metrics with one number per step and worker; waits for them."""
     return {
         name: float(np.mean(np.asarray(values)))
         for name, values in metrics_by_name(metrics, ndim=2).items()

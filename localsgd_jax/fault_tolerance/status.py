@@ -21,7 +21,7 @@ class Status(enum.Enum):
     DONE = "a process has no further steps; all synchronise what they have and end"
     PREEMPTED = "process 0 has received SIGTERM; as DONE, with exit code 143"
     TOO_FEW = "fewer than `min_processes` are left; as DONE, with exit code 75"
-    LEAVING = "this process has received SIGTERM; it ends with 143, the others go on"
+    LEAVING = "this process has received SIGTERM; it ends with 143, the others continue"
 
     @property
     def exit_code(self) -> int:

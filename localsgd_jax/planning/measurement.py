@@ -54,7 +54,7 @@ def measure(
       cluster, state, batch: as for `cluster.step`.
       mesh: mesh of the cluster.
       axis: mesh axis between workers.
-      repeats: number of timings behind each median.
+      repeats: number of timings of which the median is used.
 
     Returns:
       The measurement.
@@ -99,7 +99,7 @@ def round_seconds(
 
     Args:
       cluster, state, batch: as for `cluster.step`.
-      repeats: number of timings behind each median.
+      repeats: number of timings of which the median is used.
 
     Returns:
       Seconds of a local step, and of the rest of a round: synchronisation, rule,

@@ -50,14 +50,14 @@ def theoretical_period_bound(
     if measured and constants.mu <= 0:
         return PeriodBound(constants, measured, None)
 
-    def longest_allowed(period: int) -> int:
+    def max_period(period: int) -> int:
         shift = theory.shift(constants.mu, constants.smoothness, period)
         return theory.longest_period(constants, run, shift)
 
     # The allowed period increases with the shift, so the iteration from above
     # decreases to the largest fixed point.
     period = run.steps
-    while (shorter := longest_allowed(period)) < period:
+    while (shorter := max_period(period)) < period:
         period = shorter
     return PeriodBound(constants, measured, period)
 
@@ -87,10 +87,12 @@ def measure_constants(
     trajectory = sample_trajectory(cluster, state, batch)
     points = [jax.device_get(params) for params in trajectory]
     examples = jax.device_get(examples)
-    least, smoothness = theory.curvature(loss, examples, points)
+    min_curvature, smoothness = theory.curvature(loss, examples, points)
     # σ² and G² do not depend on μ, and are reported also if μ is not positive.
     moments = theory.estimate(loss, examples, points, mu=1.0, smoothness=1.0)
-    return moments._replace(mu=least if mu is None else mu, smoothness=smoothness)
+    return moments._replace(
+        mu=min_curvature if mu is None else mu, smoothness=smoothness
+    )
 
 
 def sample_trajectory(

@@ -164,9 +164,11 @@ def _format_workload(workload: cost_model.Workload, max_fraction: float) -> str:
     megabytes = workload.parameters * workload.bits / 8e6
     steps, fragments = workload.overlap_steps, workload.fragments
     step = format_seconds(workload.step_seconds)
+    overhead = workload.overhead_seconds
     return (
         f"{workload.workers} workers, {step} per local step, "
         f"{megabytes:.3g} MB per round"
+        + (f", overhead {format_seconds(overhead)} per round" if overhead else "")
         + (f", {fragments} fragments" if fragments > 1 else "")
         + (f", overlap {steps} steps" if steps else "")
         + f"; H for at most {max_fraction:.0%} exposed communication"

@@ -146,7 +146,13 @@ def _build(name: str, mesh: Mesh) -> UserProgram:
     ):
         raise ValueError(
             "plan: the function must return (cluster, state, batch), optionally with "
-            f"the loss of an example and with examples, got {program!r}"
+            "the loss of an example and with examples, got "
+            f"{entry_point.describe_result(program)}"
+        )
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(program[1:3])):
+        raise ValueError(
+            "plan: the state and the batch are measured and must be arrays, got "
+            "jax.ShapeDtypeStruct"
         )
     return UserProgram(*program)
 
@@ -160,8 +166,8 @@ def _measured_workload(
         name: getattr(settings, name)
         for name in ("step_seconds", "parameters", "bits", "fragments", "overlap_steps")
     }
-    given = {name: value for name, value in options.items() if value is not None}
-    return measured.workload._replace(**given), measured.link
+    overrides = {name: value for name, value in options.items() if value is not None}
+    return measured.workload._replace(**overrides), measured.link
 
 
 def _period_bound(

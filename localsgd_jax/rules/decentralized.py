@@ -54,9 +54,9 @@ def gossip(topology: str = "ring") -> SyncRule:
       Ying et al., Exponential Graph is Provably Efficient for Decentralized Deep
       Training, 2021, equations 5 and 7. arXiv:2110.13363
     """
-    known = topology in TOPOLOGIES
+    is_valid = topology in TOPOLOGIES
     text = f"topology must be one of {TOPOLOGIES}"
-    check(known, "gossip(topology)", text, repr(topology))
+    check(is_valid, "gossip(topology)", text, repr(topology))
 
     def init(tree: PyTree) -> RuleState:
         check_inexact("gossip()", tree)
@@ -110,21 +110,21 @@ def _neighbour_mean(
     shifts: tuple[int, ...], tree: PyTree, context: SyncContext
 ) -> PyTree:
     """Averages a tree with the trees of the workers at the given shifts."""
-    own = promote(tree)
+    promoted = promote(tree)
     if context.weight is None:
-        others = [collectives.shift(own, shift, context) for shift in shifts]
+        neighbours = [collectives.shift(promoted, shift, context) for shift in shifts]
     else:
         active = context.weight > 0
         # An inactive worker sends zeros, because its own numbers may not be finite.
-        message = where(active, own, jax.tree.map(jnp.zeros_like, own))
-        others = []
+        message = where(active, promoted, jax.tree.map(jnp.zeros_like, promoted))
+        neighbours = []
         for shift in shifts:
             received, sender_active = collectives.shift(
                 (message, active), shift, context
             )
-            others.append(where(active & sender_active, received, own))
+            neighbours.append(where(active & sender_active, received, promoted))
     weight = 1 / (len(shifts) + 1)
     mean = jax.tree.map(
-        lambda x, *ys: x + weight * sum(y - x for y in ys), own, *others
+        lambda x, *ys: x + weight * sum(y - x for y in ys), promoted, *neighbours
     )
     return tree_cast_like(mean, tree)

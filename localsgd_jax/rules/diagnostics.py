@@ -150,9 +150,9 @@ def _leaves_by_top_level_key(tree: PyTree) -> dict[str, Sequence[jax.Array]]:
 def _find_momentum(shared: PyTree) -> PyTree | None:
     """Returns the momentum of an outer optimizer, or None."""
     for name in MOMENTUM_FIELDS:
-        found = tree_get_all_with_path(shared, name)
-        if found:
-            return found[0][1]
+        matches = tree_get_all_with_path(shared, name)
+        if matches:
+            return matches[0][1]
     return None
 
 

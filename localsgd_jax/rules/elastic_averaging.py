@@ -12,7 +12,7 @@ from localsgd_jax.rules.averaging import check_inexact
 
 
 def elastic_average(alpha: float = 0.1, beta: float = 0.9) -> SyncRule:
-    """EASGD: moves workers and a shared centre towards each other.
+    """Moves workers and a shared centre towards each other (EASGD).
 
     From the values before, with the mean over workers x̄ = Σₖ wₖ xₖ / Σₖ wₖ:
 

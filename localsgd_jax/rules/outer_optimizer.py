@@ -118,7 +118,7 @@ def outer(
 
 
 def diloco(learning_rate: LearningRate = 0.7, momentum: float = 0.9) -> SyncRule:
-    """DiLoCo: Nesterov momentum on the mean pseudo-gradient.
+    """Applies Nesterov momentum to the mean pseudo-gradient (DiLoCo).
 
         v ← μ v + Δ,   x̄ ← x̄ − η (Δ + μ v)
 
@@ -146,7 +146,7 @@ def diloco(learning_rate: LearningRate = 0.7, momentum: float = 0.9) -> SyncRule
 
 
 def slowmo(learning_rate: LearningRate = 1.0, momentum: float = 0.7) -> SyncRule:
-    """SlowMo: heavy-ball momentum on the mean pseudo-gradient.
+    """Applies heavy-ball momentum to the mean pseudo-gradient (SlowMo).
 
         u ← β u + Δ,   x̄ ← x̄ − α u
 
@@ -177,7 +177,7 @@ def slowmo(learning_rate: LearningRate = 1.0, momentum: float = 0.7) -> SyncRule
 
 
 def fedavgm(learning_rate: LearningRate = 1.0, momentum: float = 0.9) -> SyncRule:
-    """FedAvgM: server momentum on the mean pseudo-gradient.
+    """Applies server momentum to the mean pseudo-gradient (FedAvgM).
 
         v ← β v + Δ,   x̄ ← x̄ − η v
 
@@ -210,7 +210,7 @@ def fedadam(
     b2: float = 0.99,
     tau: float = 1e-3,
 ) -> SyncRule:
-    """FedAdam: Adam on the mean pseudo-gradient, with a large ε.
+    """Applies Adam with a large ε to the mean pseudo-gradient (FedAdam).
 
         m ← β₁ m + (1 − β₁) Δ,   v ← β₂ v + (1 − β₂) Δ²
         x̄ ← x̄ − η m̂ / (√v̂ + τ)
@@ -244,11 +244,11 @@ def fedadam(
 
 
 def lookahead(slow_step_size: LearningRate = 0.5) -> SyncRule:
-    """Lookahead for any number of workers: a partial step towards the mean.
+    """Moves the workers a fraction of the way to their mean (Lookahead).
 
         x̄ ← x̄ − α Δ
 
-    With one worker it equals `optax.lookahead`.
+    Works for any number of workers. With one worker it equals `optax.lookahead`.
 
     Args:
       slow_step_size: α, a number or an optax schedule over rounds.

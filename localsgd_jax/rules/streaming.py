@@ -80,9 +80,9 @@ def fragment(
     rounds_per_fragment = check_int(
         "fragment(rounds_per_fragment)", "rounds_per_fragment", rounds_per_fragment, 1
     )
-    known = grouping in ("bytes", "layer") or callable(grouping)
+    is_valid = grouping in ("bytes", "layer") or callable(grouping)
     text = 'grouping must be "bytes", "layer" or a function'
-    check(known, "fragment(grouping)", text, repr(grouping))
+    check(is_valid, "fragment(grouping)", text, repr(grouping))
 
     def init(tree: PyTree) -> RuleState:
         leaves = jax.tree.leaves(tree)
@@ -94,8 +94,8 @@ def fragment(
         tree: PyTree, state: RuleState, context: SyncContext
     ) -> tuple[PyTree, RuleState]:
         groups = assign_fragments(tree, n, grouping, split_axis)
-        turn, round_of_turn = divmod(context.round - 1, rounds_per_fragment)
-        fragment_round = turn // n * rounds_per_fragment + round_of_turn + 1
+        slot, round_in_slot = divmod(context.round - 1, rounds_per_fragment)
+        fragment_round = slot // n * rounds_per_fragment + round_in_slot + 1
         fragment_context = context._replace(round=fragment_round)
 
         def sync_fragment(p: int) -> Callable:
@@ -103,10 +103,10 @@ def fragment(
                 rule, p, groups[p], tree, state, fragment_context
             )
 
-        if not isinstance(turn, jax.Array):
-            return sync_fragment(turn % n)(tree, state)
+        if not isinstance(slot, jax.Array):
+            return sync_fragment(slot % n)(tree, state)
         branches = [sync_fragment(p) for p in range(n)]
-        return jax.lax.switch(turn % n, branches, tree, state)
+        return jax.lax.switch(slot % n, branches, tree, state)
 
     name = call_name(
         "fragment",
@@ -173,8 +173,10 @@ def _apply(
     leaves, structure = jax.tree.flatten(tree)
     fragment_state = RuleState(state.shared[p], state.local[p])
     values, new = rule.apply(_slices(leaves, group), fragment_state, context)
-    for part, value in zip(group, values, strict=True):
-        leaves[part.leaf] = _update_slice(leaves[part.leaf], part, value)
+    for leaf_slice, value in zip(group, values, strict=True):
+        leaves[leaf_slice.leaf] = _update_slice(
+            leaves[leaf_slice.leaf], leaf_slice, value
+        )
     new_state = RuleState(
         _replace_item(state.shared, p, new.shared),
         _replace_item(state.local, p, new.local),
@@ -184,21 +186,27 @@ def _apply(
 
 def _slices(leaves: list[jax.Array], group: list[LeafSlice]) -> list[jax.Array]:
     """Returns the values of a fragment."""
-    return [_slice(leaves[part.leaf], part) for part in group]
+    return [_slice(leaves[leaf_slice.leaf], leaf_slice) for leaf_slice in group]
 
 
-def _slice(leaf: jax.Array, part: LeafSlice) -> jax.Array:
+def _slice(leaf: jax.Array, leaf_slice: LeafSlice) -> jax.Array:
     """Returns a slice of a leaf."""
-    if part.axis is None:
+    if leaf_slice.axis is None:
         return leaf
-    return jax.lax.slice_in_dim(leaf, part.start, part.stop, axis=part.axis)
+    return jax.lax.slice_in_dim(
+        leaf, leaf_slice.start, leaf_slice.stop, axis=leaf_slice.axis
+    )
 
 
-def _update_slice(leaf: jax.Array, part: LeafSlice, values: jax.Array) -> jax.Array:
+def _update_slice(
+    leaf: jax.Array, leaf_slice: LeafSlice, values: jax.Array
+) -> jax.Array:
     """Replaces a slice of a leaf."""
-    if part.axis is None:
+    if leaf_slice.axis is None:
         return values
-    return jax.lax.dynamic_update_slice_in_dim(leaf, values, part.start, part.axis)
+    return jax.lax.dynamic_update_slice_in_dim(
+        leaf, values, leaf_slice.start, leaf_slice.axis
+    )
 
 
 def _replace_item(items: tuple, index: int, item: PyTree) -> tuple:
@@ -255,15 +263,15 @@ def _contiguous(tree: PyTree, n: int, axis: int) -> list[list[LeafSlice]]:
 
 def _by_layer(tree: PyTree, n: int) -> list[list[LeafSlice]]:
     """Assigns layer i to fragment i mod n and other leaves to the smallest fragment."""
-    groups, totals, others = [[] for _ in range(n)], [0] * n, []
+    groups, totals, unnumbered = [[] for _ in range(n)], [0] * n, []
     for i, (path, leaf) in enumerate(jax.tree.leaves_with_path(tree)):
         if number := _NUMBER.search(_path_name(path)):
             p = int(number[0]) % n
             groups[p].append(LeafSlice(i))
             totals[p] += _num_bytes(leaf)
         else:
-            others.append((i, _num_bytes(leaf)))
-    _add_to_smallest(groups, totals, others)
+            unnumbered.append((i, _num_bytes(leaf)))
+    _add_to_smallest(groups, totals, unnumbered)
     return [sorted(group) for group in groups]
 
 

@@ -14,7 +14,7 @@ from localsgd_jax.core.validation import check, check_int
 
 
 class AdaptiveSchedule:
-    """A schedule with a period that is updated from the training history.
+    """Schedule with a period that is updated from the training history.
 
     Both training loops call `update` with each row of the history. The schedule accepts
     Python ints only: it cannot be traced, as the period is updated on the host between
@@ -24,7 +24,8 @@ class AdaptiveSchedule:
       period: H of the rounds that start from now on.
       next_period: `next_period(row, length) -> period`, the update function.
       name: the call that made the schedule.
-      round_ends: ends of the rounds that are fixed or were asked for, from 0 on.
+      round_ends: ends of the rounds computed so far, in local steps; `update` removes
+        those after `step`.
       last_step: step of the last row of the history.
     """
 

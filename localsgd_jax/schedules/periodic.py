@@ -37,7 +37,7 @@ def every(h: int) -> Schedule:
 
 
 def never() -> Schedule:
-    """Contains no synchronisation: one-shot averaging.
+    """Synchronises after no local step: one-shot averaging.
 
         I = ∅
 

@@ -45,8 +45,8 @@ def bound(
     mu, smoothness, variance, second_moment = constants
     workers, period, steps, batch = run
     check_min("bound", 0, distance=distance)
-    least = max(16 * smoothness / mu, period)
-    check(a > least, "bound(a)", f"a must exceed max(16 kappa, H) = {least}", a)
+    min_shift = max(16 * smoothness / mu, period)
+    check(a > min_shift, "bound(a)", f"a must exceed max(16 kappa, H) = {min_shift}", a)
     total = weight_sum(steps, a)
     return BoundTerms(
         initial=mu * a**3 / (2 * total) * distance,
@@ -209,8 +209,8 @@ def asynchronous_bound(
     """
     check_min("asynchronous_bound", 0, delay=delay)
     check_parameters("asynchronous_bound", constants, run)
-    reach, call = run.period + delay, "asynchronous_bound(period, delay)"
+    effective_period, call = run.period + delay, "asynchronous_bound(period, delay)"
     rule = f"period + delay must be at most steps = {run.steps}"
-    check(reach <= run.steps, call, rule, run.period, delay)
-    terms = bound(constants, run._replace(period=reach), distance, a)
+    check(effective_period <= run.steps, call, rule, run.period, delay)
+    terms = bound(constants, run._replace(period=effective_period), distance, a)
     return terms._replace(drift=coefficient / 256 * terms.drift)

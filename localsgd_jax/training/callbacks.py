@@ -1,4 +1,9 @@
-"""Callbacks of both training loops: evaluation, history rows and saving."""
+"""Callbacks of both training loops: evaluation, history rows and saving.
+
+`training.segments` plans when they are called. `training.outputs` calls `evaluate` and
+`on_round_end`, and `training.loop` calls `save`; `fault_tolerance.mean_callbacks` calls
+all three for the mean over live processes.
+"""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +17,7 @@ from localsgd_jax.core.validation import check_int
 
 @dataclasses.dataclass(frozen=True)
 class Callbacks:
-    """Functions that a training loop calls, and how often.
+    """Functions that a training loop calls, with their periods.
 
     The arguments of the same names of `localsgd_jax.train` and of
     `localsgd_jax.fault_tolerance.train`.
@@ -47,11 +52,11 @@ class Callbacks:
             check_int(f"train({name})", name, getattr(self, name), 1)
 
     def evaluates_at(self, round_number: int) -> bool:
-        """Returns whether a round is evaluated that need not be the last."""
+        """Returns whether a round is evaluated that is not the last."""
         return self.evaluate is not None and round_number % self.evaluate_every == 0
 
     def saves_at(self, step: int) -> bool:
-        """Returns whether the state is saved after a step that need not be the last."""
+        """Returns whether the state is saved after a step that is not the last."""
         return self.save is not None and step % self.save_every == 0
 
     def run_evaluate(self, model: PyTree) -> dict[str, float]:
@@ -73,7 +78,7 @@ class Callbacks:
 
 
 class RowReporter:
-    """Calls a function once with each row of a history.
+    """Wrapper of a function that is called once with each row of a history.
 
     Attributes:
       num_reported: number of rows that were reported, or skipped without a function.

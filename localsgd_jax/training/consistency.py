@@ -22,7 +22,7 @@ def assert_equal_runs(
     callbacks: Callbacks,
     settings: RunSettings,
 ) -> None:
-    """Raises the same error in all processes unless they are about to do the same.
+    """Raises the same error in all processes unless their runs are equal.
 
     Processes that run different programs deadlock in their first collective, so the
     arguments of `train`, the state, the shapes of a batch and checksums of the lowered
@@ -70,7 +70,7 @@ def upcoming_syncs(schedule: Callable, start: int, count: int) -> list[int]:
     Args:
       schedule: predicate on the number of local steps.
       start: local steps done.
-      count: number of steps to look ahead.
+      count: number of steps to test.
 
     Returns:
       The indices in ascending order.

@@ -16,7 +16,7 @@ from localsgd_jax.training.run_context import RunContext
 
 
 class RunOutputs:
-    """Passes the results of dispatches to the history and to everything that reads it.
+    """Recording of dispatch results, and evaluation and reporting of history rows.
 
     The last row is reported after its evaluation, or when the next round has ended.
     """
@@ -29,7 +29,7 @@ class RunOutputs:
         history: HistoryRecorder,
         bar: ProgressBar,
     ) -> None:
-        """Connects the history with its readers.
+        """Connects the history with callbacks, schedule and progress bar.
 
         Args:
           context: processes of the run; the primary one reports rows.
@@ -67,7 +67,7 @@ class RunOutputs:
         self._on_round_end.report(rows[:-1])
 
     def update_schedule(self, step: int) -> None:
-        """Updates an adaptive schedule with the rows that it does not know yet.
+        """Updates an adaptive schedule with the rows since its last update.
 
         Args:
           step: number of local steps dispatched.
@@ -81,6 +81,7 @@ class RunOutputs:
           state: state after that round.
         """
         rows = self._history.rows
+        self._on_round_end.report(rows[:-1])
         if self._callbacks.evaluate and len(rows) > self._on_round_end.num_reported:
             rows[-1] |= self._evaluate_consensus(state)
         self._on_round_end.report(rows)

@@ -105,8 +105,8 @@ evaluates=False, saves=False)
         due = tuple(bool(schedule(start + i)) for i in range(1, steps + 1))
         return Segment(steps, period, due, start + steps)
 
-    most = min(limit, max_steps_per_dispatch)
-    period = next((i for i in range(1, most + 1) if schedule(start + i)), None)
+    max_steps = min(limit, max_steps_per_dispatch)
+    period = next((i for i in range(1, max_steps + 1) if schedule(start + i)), None)
     if period and is_regular(period, 2 * period):
         steps = max_steps_per_dispatch // period * period
         fits = steps <= limit and is_regular(period, steps)

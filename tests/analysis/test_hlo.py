@@ -88,10 +88,10 @@ def test_text_without_entry_raises():
 
 def test_user_frame():
     package = jax.__file__
-    own = lsgd.__file__
-    calls = (Frame(own, 1), Frame(package, 2), Frame("a.py", 3), Frame("b.py", 4))
+    library = lsgd.__file__
+    calls = (Frame(library, 1), Frame(package, 2), Frame("a.py", 3), Frame("b.py", 4))
     assert source_locations.user_frame(calls) == Frame("a.py", 3)
-    assert source_locations.user_frame(calls[:2]) == Frame(own, 1)
+    assert source_locations.user_frame(calls[:2]) == Frame(library, 1)
     assert source_locations.user_frame(()) is None
 
 

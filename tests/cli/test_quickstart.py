@@ -62,15 +62,17 @@ def read_chunks(terminal):
 
 @pytest.mark.full
 def test_progress_bar_on_a_terminal():
-    ours, theirs = pty.openpty()
-    termios.tcsetwinsize(theirs, (24, 80))
+    parent_end, child_end = pty.openpty()
+    termios.tcsetwinsize(child_end, (24, 80))
     shown = []
-    reader = threading.Thread(target=lambda: shown.extend(read_chunks(ours)))
+    reader = threading.Thread(target=lambda: shown.extend(read_chunks(parent_end)))
     reader.start()
-    done = run_python(*"-m localsgd_jax quickstart --steps 20".split(), stderr=theirs)
-    os.close(theirs)
+    done = run_python(
+        *"-m localsgd_jax quickstart --steps 20".split(), stderr=child_end
+    )
+    os.close(child_end)
     reader.join()
-    os.close(ours)
+    os.close(parent_end)
     assert done.returncode == 0
     assert b"100%" in b"".join(shown) and b"100/100" in b"".join(shown)
 

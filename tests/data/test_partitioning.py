@@ -29,8 +29,8 @@ def heterogeneity(labels, shards):
 def test_shards_are_disjoint_and_of_equal_size(workers, alpha, labels, seed):
     shards = lsgd.dirichlet_partition(np.array(labels), workers, alpha, seed=seed)
     assert [len(shard) for shard in shards] == [len(labels) // workers] * workers
-    taken = np.concatenate(shards)
-    assert len(np.unique(taken)) == len(taken) and taken.max() < len(labels)
+    indices = np.concatenate(shards)
+    assert len(np.unique(indices)) == len(indices) and indices.max() < len(labels)
 
 
 def test_heterogeneity_decreases_with_alpha():

@@ -25,14 +25,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 import localsgd_jax as lsgd
 from localsgd_jax.analysis import total_bytes_sent
 
-on_devices = pytest.mark.parametrize("name, place", rule_placement_pairs(ON_DEVICES))
+on_devices = pytest.mark.parametrize(
+    "name, placement", rule_placement_pairs(ON_DEVICES)
+)
 
 
-def few_rules(places):
+def few_rules(placements):
     """Marks the pairs of `rule_placement_pairs` as full, except for a few rules."""
     return [
         pair if isinstance(pair, tuple) and pair[0] in FEW_RULES else in_full(*values)
-        for pair in rule_placement_pairs(places)
+        for pair in rule_placement_pairs(placements)
         for values in [getattr(pair, "values", pair)]
     ]
 
@@ -46,17 +48,17 @@ def initial(placed):
 
 
 @pytest.mark.parametrize(
-    "name, place",
+    "name, placement",
     few_rules(["simulate", "simulate_map", *ON_DEVICES, "lanes_map"]),
 )
-def test_local_step_has_no_collectives(name, place):
-    placed = cluster(place, name)
+def test_local_step_has_no_collectives(name, placement):
+    placed = cluster(placement, name)
     assert lsgd.collective_ops(placed.step, *initial(placed)) == ()
 
 
 @on_devices
-def test_synchronisation_has_only_its_collectives(name, place):
-    placed = cluster(place, name)
+def test_synchronisation_has_only_its_collectives(name, placement):
+    placed = cluster(placement, name)
     state, _ = initial(placed)
     ops = lsgd.collective_ops(placed.sync, state)
     assert RULES[name].observed(names(ops)) == RULES[name].kinds
@@ -72,16 +74,16 @@ def test_simulated_synchronisation_has_no_collectives(name):
 
 
 @on_devices
-def test_gated_step_has_collectives_only_in_conditional(name, place):
-    placed = cluster(place, name)
+def test_gated_step_has_collectives_only_in_conditional(name, placement):
+    placed = cluster(placement, name)
     ops = lsgd.collective_ops(lsgd.gated(placed, lsgd.every(4)), *initial(placed))
     assert RULES[name].observed(names(ops)) == RULES[name].kinds
     assert all(op.in_branch for op in ops)
 
 
 @on_devices
-def test_fused_round_has_collectives_only_after_loop(name, place):
-    placed = cluster(place, name)
+def test_fused_round_has_collectives_only_after_loop(name, placement):
+    placed = cluster(placement, name)
     state, _ = initial(placed)
     stacked = placed.shard_batch(stack(batches(4)), time=True)
     compiled = jax.jit(lsgd.fused(placed)).lower(state, stacked).compile()
@@ -200,10 +202,10 @@ def test_gradients_are_not_summed_over_workers():
     np.testing.assert_array_equal(state.workers.params, -np.arange(8))
 
 
-@pytest.mark.parametrize("place", keep(["simulate", "mesh", "lanes"], ["lanes"]))
-def test_state_can_be_donated(place):
+@pytest.mark.parametrize("placement", keep(["simulate", "mesh", "lanes"], ["lanes"]))
+def test_state_can_be_donated(placement):
     """The anchor equals the initial parameters: a shared buffer would raise here."""
-    placed = cluster(place, "momentum_rule")
+    placed = cluster(placement, "momentum_rule")
     expected, _ = run_manually(placed, batches(4), lsgd.every(2))
     step = jax.jit(lsgd.gated(placed, lsgd.every(2)), donate_argnums=0)
     params = jax.tree.map(jnp.asarray, network())
@@ -217,9 +219,9 @@ def test_state_can_be_donated(place):
 
 
 @pytest.mark.parametrize(
-    "place", keep(["simulate", "mesh", "lanes", "sharded"], ["simulate", "lanes"])
+    "placement", keep(["simulate", "mesh", "lanes", "sharded"], ["simulate", "lanes"])
 )
-def test_loss_is_traced_once(place):
+def test_loss_is_traced_once(placement):
     traces = []
 
     def loss_fn(params, batch):
@@ -232,7 +234,7 @@ def test_loss_is_traced_once(place):
         "mesh": lambda: lsgd.on_mesh(made, mesh(worker=8)),
         "lanes": lambda: lsgd.on_mesh(made, mesh(worker=4), workers=8),
         "sharded": lambda: lsgd.on_mesh(made, mesh(worker=4, model=2), workers=8),
-    }[place]()
+    }[placement]()
     step = jax.jit(lsgd.gated(placed, lsgd.every(2)), donate_argnums=0)
     state = placed.init(0.0)
     for t in range(5):

@@ -32,12 +32,14 @@ def shapes_of(tree):
     )
 
 
-@pytest.mark.parametrize("place", keep(PLACEMENTS, ["simulate", "lanes", "sharded"]))
-def test_abstract_arrays_match_concrete_arrays(place):
+@pytest.mark.parametrize(
+    "placement", keep(PLACEMENTS, ["simulate", "lanes", "sharded"])
+)
+def test_abstract_arrays_match_concrete_arrays(placement):
     """An abstract state has the structure, shapes and shardings of a concrete one."""
-    placed = cluster(place, "momentum_rule")
+    placed = cluster(placement, "momentum_rule")
     params, batch = network(), batches(1)[0]
-    if place == "sharded":
+    if placement == "sharded":
         devices = mesh(worker=4, model=2)
         auto = Mesh(devices.devices, devices.axis_names)
         split = NamedSharding(auto, PartitionSpec(None, "model"))
@@ -53,7 +55,7 @@ def test_abstract_arrays_match_concrete_arrays(place):
         assert jax.tree.structure(concrete) == jax.tree.structure(abstract)
         for x, y in zip(*map(jax.tree.leaves, (concrete, abstract)), strict=True):
             assert (x.shape, x.dtype) == (y.shape, y.dtype)
-            if not place.startswith("simulate"):
+            if not placement.startswith("simulate"):
                 assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
 
 
@@ -137,7 +139,7 @@ def test_invalid_placement_arguments_raise(call, message):
         call()
 
 
-@pytest.mark.parametrize("place", keep(["simulate", "mesh"], ["mesh"]))
+@pytest.mark.parametrize("placement", keep(["simulate", "mesh"], ["mesh"]))
 @pytest.mark.parametrize(
     "leaf, message",
     [
@@ -145,8 +147,8 @@ def test_invalid_placement_arguments_raise(call, message):
         in_full(np.float32(1), r"the 8 workers, got shape \(\) at \[0\]"),
     ],
 )
-def test_batch_without_worker_axis_raises(place, leaf, message):
-    placed = cluster(place, "average")
+def test_batch_without_worker_axis_raises(placement, leaf, message):
+    placed = cluster(placement, "average")
     with pytest.raises(ValueError, match=message):
         placed.step(placed.init(network()), (leaf, np.zeros((8, 2))))
     with pytest.raises(ValueError, match="workers, got shape"):
@@ -155,7 +157,7 @@ def test_batch_without_worker_axis_raises(place, leaf, message):
         placed.shard_batch((np.zeros((8, 4)),), time=True)
 
 
-@pytest.mark.parametrize("place", keep(["simulate", "mesh"], ["simulate"]))
+@pytest.mark.parametrize("placement", keep(["simulate", "mesh"], ["simulate"]))
 @pytest.mark.parametrize(
     "weight, message",
     [
@@ -166,18 +168,18 @@ def test_batch_without_worker_axis_raises(place, leaf, message):
         in_full([np.inf] * 8, "must be finite.*got inf for worker 0"),
     ],
 )
-def test_invalid_weights_raise(place, weight, message):
-    placed = cluster(place, "average")
+def test_invalid_weights_raise(placement, weight, message):
+    placed = cluster(placement, "average")
     with pytest.raises(ValueError, match=message):
         placed.sync(placed.init(network()), weight)
 
 
-@pytest.mark.parametrize("place", keep(["simulate", "mesh"], ["mesh"]))
-def test_rule_on_unknown_axis_raises(place):
+@pytest.mark.parametrize("placement", keep(["simulate", "mesh"], ["mesh"]))
+def test_rule_on_unknown_axis_raises(placement):
     placed = {
         "simulate": lambda made: lsgd.simulate(made, 8),
         "mesh": lambda made: lsgd.on_mesh(made, mesh(worker=8)),
-    }[place](algorithm(lsgd.average("pod")))
+    }[placement](algorithm(lsgd.average("pod")))
     with pytest.raises(ValueError, match=r"a worker axis of \('worker',\), got 'pod'"):
         placed.sync(placed.init(network()))
 

@@ -17,7 +17,7 @@ PLACEMENTS = {
     "mesh": lambda made: lsgd.on_mesh(made, mesh(worker=K)),
     "lanes": lambda made: lsgd.on_mesh(made, mesh(worker=2), workers=K),
 }
-placements = pytest.mark.parametrize("place", keep(PLACEMENTS, ["lanes"]))
+placements = pytest.mark.parametrize("placement", keep(PLACEMENTS, ["lanes"]))
 
 
 def run_optax(optimizer, batches, loss_fn=loss_fn):
@@ -48,11 +48,11 @@ def uneven_batches(steps):
 
 
 @placements
-def test_gradients_are_clipped_by_norm_of_each_worker(place):
+def test_gradients_are_clipped_by_norm_of_each_worker(placement):
     """The largest gradient is a thousand times the smallest."""
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1))
     made = lsgd.local_sgd(loss_fn, optimizer, rule=lsgd.average())
-    cluster = PLACEMENTS[place](made)
+    cluster = PLACEMENTS[placement](made)
     state = cluster.init(network())
     for batch in uneven_batches(3):
         state, _ = cluster.step(state, batch)
@@ -66,11 +66,11 @@ def test_gradients_are_clipped_by_norm_of_each_worker(place):
 
 
 @placements
-def test_gradients_accumulate_per_worker(place):
+def test_gradients_accumulate_per_worker(placement):
     """MultiSteps updates every third step, although a round ends in between."""
     optimizer = optax.MultiSteps(optax.adam(0.05), every_k_schedule=3)
     made = lsgd.local_sgd(loss_fn, optimizer, rule=lsgd.average())
-    cluster = PLACEMENTS[place](made)
+    cluster = PLACEMENTS[placement](made)
     state, data = cluster.init(network()), batches(6, workers=K)
     for step, batch in enumerate(data[:3], 1):
         before = state.workers.params
@@ -97,7 +97,7 @@ class Model(nn.Module):
         return nn.Dense(1, **kind)(nn.tanh(nn.Dense(8, **kind)(x)))[:, 0]
 
 
-def train(place, param_dtype, optimizer):
+def train(placement, param_dtype, optimizer):
     """Takes three steps; returns the states before and after a synchronisation."""
     model = Model(param_dtype)
 
@@ -109,7 +109,7 @@ def train(place, param_dtype, optimizer):
 
     params = model.init(jax.random.key(0), jnp.ones((1, 3)))
     made = lsgd.local_sgd(loss_fn, optimizer, rule=lsgd.average())
-    cluster = PLACEMENTS[place](made)
+    cluster = PLACEMENTS[placement](made)
     state = cluster.init(params)
     for batch in batches(3, workers=K):
         state, _ = cluster.step(state, batch)
@@ -117,18 +117,18 @@ def train(place, param_dtype, optimizer):
 
 
 @pytest.mark.parametrize(
-    "place, param_dtype",
+    "placement, param_dtype",
     [
-        in_full(place, dtype, id=f"{place}-{dtype}")
-        if (place, dtype) not in {("lanes", "bfloat16"), ("simulate", "float32")}
-        else pytest.param(place, dtype, id=f"{place}-{dtype}")
-        for place in PLACEMENTS
+        in_full(placement, dtype, id=f"{placement}-{dtype}")
+        if (placement, dtype) not in {("lanes", "bfloat16"), ("simulate", "float32")}
+        else pytest.param(placement, dtype, id=f"{placement}-{dtype}")
+        for placement in PLACEMENTS
         for dtype in ("float32", "bfloat16")
     ],
 )
-def test_mean_keeps_dtype_of_params(place, param_dtype):
+def test_mean_keeps_dtype_of_params(placement, param_dtype):
     """The mean of a bfloat16 computation is the float64 mean, rounded to the dtype."""
-    before, after = train(place, jnp.dtype(param_dtype), optax.adam(0.05))
+    before, after = train(placement, jnp.dtype(param_dtype), optax.adam(0.05))
     for old, new in zip(
         jax.tree.leaves(before.workers.params),
         jax.tree.leaves(after.workers.params),

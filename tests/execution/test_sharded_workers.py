@@ -58,12 +58,12 @@ def shard_state(state, devices, layout):
         devices.devices, devices.axis_names, axis_types=(AxisType.Auto,) * 2
     )
 
-    def place(path, leaf):
+    def put(path, leaf):
         names = [getattr(key, "key", None) for key in path]
         spec = next((layout[name] for name in names if name in layout), P())
         return jax.device_put(leaf, NamedSharding(auto, spec))
 
-    return jax.tree.map_with_path(place, state)
+    return jax.tree.map_with_path(put, state)
 
 
 def clusters(shape, axis):

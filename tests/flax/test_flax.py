@@ -141,9 +141,9 @@ def test_linen_and_nnx_match():
     assert_close(right.batch_stats, dict(left.batch_stats), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("place", keep(["mesh", "lanes", "lanes_map"], ["lanes"]))
+@pytest.mark.parametrize("placement", keep(["mesh", "lanes", "lanes_map"], ["lanes"]))
 @pytest.mark.parametrize("kind", ["linen", "nnx"])
-def test_dropout_masks_differ_between_workers_not_placements(kind, place):
+def test_dropout_masks_differ_between_workers_not_placements(kind, placement):
     """Losses under dropout with rate one half, of equal images on all workers."""
     made, start = {
         "linen": lambda: from_linen(
@@ -155,7 +155,7 @@ def test_dropout_masks_differ_between_workers_not_placements(kind, place):
     }[kind]()
     same = jax.tree.map(lambda x: np.stack([x[:16]] * K), examples())
     _, expected = train(PLACEMENTS["simulate"](made), start, [same] * 3)
-    _, losses = train(PLACEMENTS[place](made), start, [same] * 3)
+    _, losses = train(PLACEMENTS[placement](made), start, [same] * 3)
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
     # Equal masks would give equal losses; all 24 losses differ.
     assert len(np.unique(expected.round(6))) == 3 * K

@@ -87,7 +87,7 @@ def test_each_round_synchronises_exactly_one_fragment(n, split_axis):
     state = cluster.init({"params": tree})
     rng = np.random.default_rng(0)
     touched = jax.tree.map(lambda x: np.zeros(x.shape, int), tree)
-    for turn in range(2 * n):
+    for index in range(2 * n):
         x = {k: rng.normal(size=(K, v.size)).astype("f4") for k, v in tree.items()}
         state, _ = cluster.step(state, x)
         state = cluster.sync(state)
@@ -99,7 +99,7 @@ def test_each_round_synchronises_exactly_one_fragment(n, split_axis):
             )
             np.testing.assert_array_equal(after[:, ~equal], x[name][:, ~equal])
             touched[name] += equal
-        if turn == n - 1:
+        if index == n - 1:
             assert all((count == 1).all() for count in touched.values())
     assert all((count == 2).all() for count in touched.values())
 

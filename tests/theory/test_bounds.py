@@ -114,8 +114,8 @@ def test_asynchronous_constants_match_the_derivation(counts_from_write):
         for delay in range(12):
             a = period + delay
             missing = period + delay - 1 if counts_from_write else delay
-            own, older = range(1, period), range(period, period + missing)
+            local, older = range(1, period), range(period, period + missing)
             for t in (0, 1, period, 3 * a, 100 * a):
-                grown = {m: (a + t) / (a + t - m) for m in (*own, *older) if m <= t}
-                total = sum((2 if m in own else 1) * g for m, g in grown.items())
+                grown = {m: (a + t) / (a + t - m) for m in (*local, *older) if m <= t}
+                total = sum((2 if m in local else 1) * g for m, g in grown.items())
                 assert total <= (5.5 if counts_from_write else 3) * (period + delay)

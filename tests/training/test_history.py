@@ -96,6 +96,18 @@ def test_each_row_is_reported_once_in_order():
     assert [row["loss"] for row in rows] == history["loss"].tolist()
 
 
+def test_row_is_reported_before_the_evaluation_of_the_next():
+    rows, reported = [], []
+    train(
+        cluster("simulate", "average"),
+        batches(11),
+        evaluate=lambda params: reported.append(len(rows)) or 1,
+        evaluate_every=10,
+        on_round_end=rows.append,
+    )
+    assert len(rows) == reported[-1] + 1
+
+
 def test_scalar_metrics_per_worker_become_columns():
     def train_step(state, batch):
         metrics = {

@@ -1,4 +1,4 @@
-"""Process supervision: starts a job, forwards signals and terminates all processes."""
+"""Process supervision: starts, restarts and terminates a job, and forwards signals."""
 
 import contextlib
 import enum
@@ -179,12 +179,12 @@ class WorkerGroup:
 
     def _start(self) -> None:
         """Starts the processes in the process group of the reaper."""
-        shared = _job_env(self.config, len(self.slots), self.restart_count)
+        job_env = _job_env(self.config, len(self.slots), self.restart_count)
         for index, slot in enumerate(self.slots):
-            own = _process_env(index, slot, self.config.devices_per_process)
+            process_env = _process_env(index, slot, self.config.devices_per_process)
             process = subprocess.Popen(
                 self.config.command,
-                env=os.environ | shared | own,
+                env=os.environ | job_env | process_env,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -320,7 +320,7 @@ def start_reaper() -> subprocess.Popen:
     Returns:
       The reaper process; it already ignores the forwarded signals.
     """
-    # As a script and not with `-m`, which would import JAX with the package.
+    # As a script, because `-m` would import the package and with it JAX.
     process = subprocess.Popen(
         [sys.executable, "-I", "-S", reaper.__file__],
         stdin=subprocess.PIPE,
@@ -371,5 +371,8 @@ def _process_env(process_id: int, slot: int, devices: int) -> dict[str, str]:
 
 
 def _default_num_threads(devices: int) -> str:
-    """Returns NPROC; with fewer threads JAX 0.10 and 0.11 starve on CPUs."""
+    """Returns the default of NPROC, the size of XLA's CPU thread pool.
+
+    With fewer threads JAX 0.10 and 0.11 starve on CPUs.
+    """
     return str(max(os.cpu_count() or 1, 2 * devices, 8))

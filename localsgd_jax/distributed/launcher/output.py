@@ -95,7 +95,7 @@ class OutputForwarder(threading.Thread):
         """Returns whether the pipe holds data."""
         try:
             return bool(select.select([self.source], [], [], 0)[0])
-        except (OSError, ValueError):  # Closed in the meantime.
+        except (OSError, ValueError):  # Closed by another thread.
             return False
 
 

@@ -50,13 +50,13 @@ def evaluation_steps(limit: int) -> Iterator[int]:
 
 
 class Race:
-    """Evaluates all runs lazily and eliminates step sizes that can no longer win.
+    """Lazily evaluated runs; step sizes that can no longer win are eliminated.
 
     The score of a step size is the mean of its hitting time over R seeds. It is
     eliminated when its smallest possible score is not below the best score.
 
     Attributes:
-      times: steps at which outputs were given.
+      times: steps for which `evaluate` was called.
       evaluated: index into `times` of the last evaluation of each output, or -1,
         `(4, R, S)`.
       error: last evaluated f − f* of each output, `(4, R, S)`.

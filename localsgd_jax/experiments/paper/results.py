@@ -140,9 +140,9 @@ def _read(path: Path, columns: list[str]) -> Iterator[dict]:
 
 def _parse(cell: str) -> int | float | str | None:
     """Parses a cell as int, float, text or None."""
-    for kind in (int, float):
+    for number_type in (int, float):
         try:
-            return kind(cell)
+            return number_type(cell)
         except ValueError:
             pass
     return cell or None

@@ -102,15 +102,18 @@ def _findings(rho: float) -> list[Finding]:
         return [limit]
     deviations = []
     for (epsilon, workers), (speedup, period) in REFERENCE_MAXIMA.items():
-        found, at = max_speedup(workers, rho, epsilon)
-        deviations.append(abs(found / speedup - 1) if at == period else float("inf"))
-    within = sum(deviation < REFERENCE_TOLERANCE for deviation in deviations)
+        maximum, best_period = max_speedup(workers, rho, epsilon)
+        deviations.append(
+            abs(maximum / speedup - 1) if best_period == period else float("inf")
+        )
+    num_equal = sum(deviation < REFERENCE_TOLERANCE for deviation in deviations)
     return [
         limit,
         Finding(
             "largest S and its H equal to independently computed values at "
             f"{len(deviations)} pairs (ε, K), to 1 %",
-            f"{within} of {len(deviations)}; largest deviation {max(deviations):.2%}",
+            f"{num_equal} of {len(deviations)}; largest deviation "
+            f"{max(deviations):.2%}",
         ),
     ]
 

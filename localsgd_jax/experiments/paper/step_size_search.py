@@ -137,10 +137,10 @@ def _search(
         window = _next_window(covered, best.exponent, len(window))
         if window is None:
             break
-        found = _best_of(run_race(window, _score(best)), window)
-        if _score(found) >= _score(best):
+        candidate = _best_of(run_race(window, _score(best)), window)
+        if _score(candidate) >= _score(best):
             break
-        best, covered = found, _union(covered, window)
+        best, covered = candidate, _union(covered, window)
     return best._replace(first_grid=first.iterations)
 
 

@@ -78,7 +78,7 @@ def learning_rate(sizes: StepSizes, step: jax.Array | int, examples: int) -> jax
 
 
 def per_row_sgd(sizes: StepSizes, examples: int) -> optax.GradientTransformation:
-    """SGD with one step size per row of the parameters.
+    """Creates SGD with one step size per row of the parameters.
 
         xₛ ← xₛ − ηₜ,ₛ gₛ
 

@@ -197,9 +197,9 @@ def on_local_devices(
 ) -> RealTimeRunners:
     """Places both algorithms on devices of this host, with injected delays.
 
-    After its local steps a device sleeps until they have taken as long as the costs
-    say. Algorithm 1 sleeps until its slowest worker would be ready; in Algorithm 2
-    every thread sleeps independently.
+    After its local steps a device sleeps until they have taken the time of their costs.
+    Algorithm 1 sleeps for the time of its slowest worker; in Algorithm 2 every thread
+    sleeps independently.
 
     Args:
       problem: the problem, with one step size.
@@ -230,13 +230,13 @@ def _synchronous_runner(
     def run(costs: np.ndarray, seed: int, rounds: int | None = None) -> Trajectory:
         state, times, points = cluster.init(_initial_params(problem)), [], []
         start = time.perf_counter()
-        for done, batches in enumerate(_rounds(problem, seed, rounds), 1):
+        for round_number, batches in enumerate(_rounds(problem, seed, rounds), 1):
             round_start = time.perf_counter()
             state, _ = one_round(state, cluster.shard_batch(batches, time=True))
             jax.block_until_ready(state)
             elapsed = time.perf_counter() - round_start
             time.sleep(max(0.0, costs.max() * round_seconds - elapsed))
-            if done % ROUNDS_PER_POINT == 0:
+            if round_number % ROUNDS_PER_POINT == 0:
                 times.append(time.perf_counter() - start)
                 points.append(state.workers.params[0])
         return Trajectory(np.array(times), np.stack(points)[None])

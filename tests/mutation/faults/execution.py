@@ -71,8 +71,8 @@ MUTANTS = {
     ),
     "synchronises outside the conditional": Mutant(
         "execution/placement.py",
-        "    return jax.lax.cond(\n        due,\n        lambda parts: sync",
-        "    synced = sync(workers, local, shared, round_number, weight)\n    choose = lambda a, b: jnp.where(due, a, b)\n    return jax.tree.map(choose, synced, (workers, local, shared))\n    return jax.lax.cond(\n        due,\n        lambda parts: sync",
+        "    return jax.lax.cond(\n        due,\n        lambda operands: sync",
+        "    synced = sync(workers, local, shared, round_number, weight)\n    choose = lambda a, b: jnp.where(due, a, b)\n    return jax.tree.map(choose, synced, (workers, local, shared))\n    return jax.lax.cond(\n        due,\n        lambda operands: sync",
         "execution/test_compiled_programs.py -k gated",
     ),
     "discards progress made during a synchronisation": Mutant(

@@ -97,7 +97,7 @@ MUTANTS = {
     ),
     "counts the rounds of all fragments": Mutant(
         "rules/streaming.py",
-        "fragment_round = turn // n * rounds_per_fragment + round_of_turn + 1",
+        "fragment_round = slot // n * rounds_per_fragment + round_in_slot + 1",
         "fragment_round = context.round",
         "rules/test_streaming.py -k own_rounds",
     ),
@@ -133,8 +133,8 @@ MUTANTS = {
     ),
     "shifts in the wrong direction": Mutant(
         "rules/decentralized.py",
-        "collectives.shift(own, shift, context)",
-        "collectives.shift(own, -shift, context)",
+        "collectives.shift(promoted, shift, context)",
+        "collectives.shift(promoted, -shift, context)",
         "rules/test_decentralized.py -k doubly_stochastic",
     ),
     "ignores weights in diagnostics": Mutant(

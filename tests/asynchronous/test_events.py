@@ -136,7 +136,8 @@ def test_random_speeds_have_given_mean_and_deviation():
         (
             lambda: asynchronous.simulate_events(2, 4, 2, speed=np.ones(3)),
             ValueError,
-            r"simulate_events\(speed\): it must be a number, 2 numbers or an array of shape \(4, 2\).*"
+            r"simulate_events\(speed\): it must be a number, 2 numbers or an array of "
+            r"shape \(4, 2\).*"
             r"got shape \(3,\)",
         ),
         in_full(

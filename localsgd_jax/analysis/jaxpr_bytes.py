@@ -94,8 +94,22 @@ def _equation_bytes(
             "jaxpr_bytes_sent(function): a collective is in a loop without a static "
             "length"
         )
-    length = equation.params.get("length", 1)
-    return length * min_bytes, length * max_bytes
+    repeats = equation.params.get("length", 1) * _num_pieces(equation)
+    return repeats * min_bytes, repeats * max_bytes
+
+
+def _num_pieces(equation: "core.JaxprEqn") -> int:
+    """Returns the number of devices of a worker that send different pieces."""
+    if equation.primitive.name != "shard_map":
+        return 1
+    specs, mesh = equation.params["in_specs"], equation.params["mesh"]
+    entries = [entry for spec in specs for entry in spec if entry is not None]
+    names = {
+        name
+        for entry in entries
+        for name in ((entry,) if isinstance(entry, str) else entry)
+    }
+    return math.prod(mesh.shape[name] for name in names)
 
 
 def _is_jaxpr(param: object) -> bool:
@@ -107,7 +121,8 @@ def _group_size(params: Mapping, axes: Mapping[str, int]) -> int:
     """Returns the number of workers in a collective."""
     names = params.get("axes", params.get("axis_name"))
     names = (names,) if isinstance(names, str) else names
-    return math.prod(axes[name] for name in names if isinstance(name, str))
+    # Axes inside a worker do not count.
+    return math.prod(axes.get(name, 1) for name in names if isinstance(name, str))
 
 
 def _operand_bytes(equation: "core.JaxprEqn") -> int:

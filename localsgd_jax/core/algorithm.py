@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from localsgd_jax.core import train_state
+from localsgd_jax.core.pieces import infer_specs, with_specs
 from localsgd_jax.core.types import Algorithm, PyTree, RuleState, SyncContext, SyncRule
 from localsgd_jax.core.validation import check_rule
 
@@ -104,8 +105,11 @@ def local_sgd(
 
     algorithm = from_train_step(train_step, rule)
 
-    def init(params: PyTree) -> tuple[WorkerState, RuleState]:
-        return algorithm.init(WorkerState(params, optimizer.init(params)))
+    def init(
+        params: PyTree, specs: PyTree | None = None
+    ) -> tuple[WorkerState, RuleState]:
+        worker = WorkerState(params, optimizer.init(params))
+        return algorithm.init(worker, infer_specs(worker, params, specs))
 
     return algorithm._replace(init=init)
 
@@ -152,10 +156,11 @@ def from_train_step(
     for field, field_rule in rules.items():
         check_rule(f"rule for the field {field!r}", field_rule)
 
-    def init(worker: PyTree) -> tuple[PyTree, RuleState]:
-        trees = train_state.get_fields(worker, rules)
+    def init(worker: PyTree, specs: PyTree | None = None) -> tuple[PyTree, RuleState]:
+        trees, tree_specs = _fields(worker, rules), _fields(specs, rules)
         states = {
-            field: _init_rule(rules[field], field, trees[field]) for field in rules
+            field: _init_rule(rules[field], field, trees[field], tree_specs[field])
+            for field in rules
         }
         return worker, _transpose_rule_states(states)
 
@@ -171,10 +176,12 @@ def from_train_step(
         worker: PyTree, state: RuleState, context: SyncContext
     ) -> tuple[PyTree, RuleState]:
         trees, states = {}, {}
-        for field, tree in train_state.get_fields(worker, rules).items():
+        specs = _fields(context.specs, rules)
+        for field, tree in _fields(worker, rules).items():
             field_state = RuleState(state.shared[field], state.local[field])
             call = f"rule for the field {field!r}"
-            result = rules[field].apply(tree, field_state, context)
+            field_context = context._replace(specs=specs[field])
+            result = rules[field].apply(tree, field_state, field_context)
             new_tree, new_state = _check_pair(
                 call, "apply", "(tree, RuleState)", result
             )
@@ -195,16 +202,25 @@ def _transpose_rule_states(states: Mapping[str, RuleState]) -> RuleState:
     )
 
 
-def _init_rule(rule: SyncRule, field: str, tree: PyTree) -> RuleState:
+def _fields(worker: PyTree | None, rules: Mapping) -> Mapping[str, PyTree]:
+    """Returns the fields that have rules; None for each without a train state."""
+    if worker is None:
+        return dict.fromkeys(rules)
+    return train_state.get_fields(worker, rules)
+
+
+def _init_rule(
+    rule: SyncRule, field: str, tree: PyTree, specs: PyTree | None
+) -> RuleState:
     """Initialises the rule of a field; errors name the field."""
     call = f"rule for the field {field!r}"
     try:
-        state = rule.init(tree)
+        state = rule.init(tree, specs)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{call}: {error}") from None
     if not isinstance(state, RuleState):
         raise TypeError(f"{call}: init must return a RuleState, got {state!r}")
-    return state
+    return with_specs(state, tree, specs)
 
 
 def _check_scalar_loss(loss: jax.Array) -> jax.Array:

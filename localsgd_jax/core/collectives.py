@@ -1,8 +1,9 @@
-"""Collectives over worker axes; the only module that uses `jax.lax` collectives.
+"""Collectives over worker axes.
 
 A worker axis may be carried by a mesh axis, by a vmap axis over the workers of one
 device (lanes), or by both. Every collective is applied to one carrier after the other.
-Workers are numbered 0 to n − 1 in the order of the axes, outermost first.
+With `core.pieces`, for axes inside a worker, the only module that uses the collectives
+of `jax.lax`. Workers are numbered 0 to n − 1 in the order of the axes, outermost first.
 """
 
 import math

@@ -123,6 +123,11 @@ def is_traced(x: object) -> bool:
     return isinstance(x, Tracer)
 
 
+def is_key(x: jax.Array) -> bool:
+    """Returns whether a leaf is an array of typed PRNG keys."""
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
 def is_abstract(tree: PyTree) -> bool:
     """Returns whether any leaf is a `jax.ShapeDtypeStruct`.
 
@@ -146,23 +151,6 @@ def with_shardings(tree: PyTree, shardings: PyTree) -> PyTree:
         tree,
         shardings,
     )
-
-
-def shard_like_params(tree: PyTree, params: PyTree) -> PyTree:
-    """Gives optimizer moments the shardings of parameters with the same shape.
-
-    Args:
-      tree: leaves with a shape and a dtype, such as an abstract optimizer state.
-      params: leaves with shapes and, possibly, shardings.
-
-    Returns:
-      An abstract tree; a leaf without a parameter of the same shape gets no sharding.
-    """
-    sharding_of_shape = {
-        x.shape: getattr(x, "sharding", None) for x in jax.tree.leaves(params)
-    }
-    shardings = jax.tree.map(lambda x: sharding_of_shape.get(x.shape), tree)
-    return with_shardings(tree, shardings)
 
 
 def split_rows(vector: jax.Array, rows: int, block_size: int = 1) -> jax.Array:

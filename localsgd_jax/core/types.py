@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import PartitionSpec
 
 from localsgd_jax.core.call_names import value_name
 
@@ -30,11 +31,15 @@ class SyncContext(NamedTuple):
         Python int when the bytes of a round are counted.
       weight: weight of this worker in the mean, a float scalar, or None for equal
         weights.
+      specs: `PartitionSpec` of each leaf of the tree over the axes inside a worker;
+        None if the mesh has no such axes. A rule that passes another tree to an inner
+        rule passes the specs of that tree.
     """
 
     axes: Mapping[str, tuple[str, ...]]
     round: jax.Array | int
     weight: jax.Array | None = None
+    specs: PyTree | None = None
 
 
 class RuleState(NamedTuple):
@@ -71,12 +76,55 @@ class PerWorker(NamedTuple):
     tree: PyTree
 
 
+@jax.tree_util.register_pytree_node_class
+class Sharded:
+    """A part of a `RuleState` from `init`, with its partition inside a worker.
+
+    The partition of all other leaves is inferred by `core.pieces.infer_specs`. Only
+    `init` returns it; `apply` receives the tree.
+
+    Attributes:
+      tree: any part of the state.
+      specs: `PartitionSpec` of each leaf, in the order of `jax.tree.leaves`.
+    """
+
+    def __init__(self, tree: PyTree, specs: PyTree) -> None:
+        """Stores the leaves of the specs."""
+        self.tree, self.specs = tree, tuple(jax.tree.leaves(specs))
+
+    def tree_flatten(self) -> tuple[tuple, tuple]:
+        """Returns the tree as child; the specs are static."""
+        return (self.tree,), self.specs
+
+    @classmethod
+    def tree_unflatten(cls, specs: tuple, children: tuple) -> "Sharded":
+        """Inverts `tree_flatten`."""
+        return cls(*children, specs)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class StateSpecs:
+    """Partition of a `State` over the axes inside a worker; static.
+
+    Attributes:
+      workers: `PartitionSpec` of each leaf of the train state of one worker, in the
+        order of `jax.tree.leaves`.
+      local: of the local part of the rule state of one worker.
+      shared: of the shared part of the rule state.
+    """
+
+    workers: tuple[PartitionSpec, ...]
+    local: tuple[PartitionSpec, ...]
+    shared: tuple[PartitionSpec, ...]
+
+
 @dataclasses.dataclass(frozen=True)
 class SyncRule:
     """A synchronisation rule, written for a single worker.
 
     Attributes:
-      init: `init(tree) -> RuleState`.
+      init: `init(tree, specs) -> RuleState`; the specs are those of `SyncContext`.
       apply: `apply(tree, state, context) -> (tree, RuleState)`.
       mean_axes: if the rule is the plain weighted mean, the worker axes of the mean,
         () for all of them; else None. Rules that compress the communication of a mean
@@ -86,7 +134,7 @@ class SyncRule:
         `custom(<name of apply>)`, holds no arguments.
     """
 
-    init: Callable[[PyTree], RuleState]
+    init: Callable[..., RuleState]
     apply: Callable[[PyTree, RuleState, SyncContext], tuple[PyTree, RuleState]]
     mean_axes: tuple[str, ...] | None = None
     name: str = ""
@@ -105,17 +153,22 @@ class Algorithm(NamedTuple):
     """The functions of one worker: initialisation, local step and synchronisation.
 
     Attributes:
-      init: `init(params) -> (worker, RuleState)`.
+      init: `init(params, specs=None) -> (worker, RuleState)`; the specs are the
+        partition of `params` over the axes inside a worker, as in `SyncContext`.
       step: `step(worker, batch) -> (worker, metrics)`. It cannot communicate: it
         receives neither an axis name nor shared state.
       sync: `sync(worker, rule_state, context) -> (worker, rule_state)`.
       rule_names: name of the rule of each synchronised field.
+      partition_specs: `partition_specs(params) -> specs`; the `PartitionSpec` over axes
+        inside a worker, or None, of each leaf in the order of `jax.tree.leaves`, by
+        metadata of the model. None for the boxes in `params`.
     """
 
-    init: Callable[[PyTree], tuple[PyTree, RuleState]]
+    init: Callable[..., tuple[PyTree, RuleState]]
     step: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]
     sync: Callable[[PyTree, RuleState, SyncContext], tuple[PyTree, RuleState]]
     rule_names: Mapping[str, str]
+    partition_specs: Callable[[PyTree], list] | None = None
 
 
 class State(NamedTuple):
@@ -131,6 +184,8 @@ class State(NamedTuple):
       workers: train state of each worker, leaves `(K, ...)`.
       local: per-worker part of the rule state, leaves `(K, ...)`.
       shared: replicated part of the rule state, without a worker axis.
+      specs: partition of the state over the axes inside a worker, static; None if the
+        mesh has no such axes.
     """
 
     step: jax.Array
@@ -138,6 +193,7 @@ class State(NamedTuple):
     workers: PyTree
     local: PyTree
     shared: PyTree
+    specs: StateSpecs | None = None
 
 
 class Cluster(NamedTuple):

@@ -18,6 +18,7 @@ __all__ = [
     "config_value",
     "coordination_client",
     "detect_cluster",
+    "is_coordinator",
     "is_deadline_exceeded",
     "processes_missing_at_barrier",
 ]
@@ -26,6 +27,14 @@ __all__ = [
 def coordination_client() -> Any:
     """Returns the client of JAX's coordination service, or None without a job."""
     return global_state.client
+
+
+def is_coordinator() -> bool:
+    """Returns whether this process hosts the coordination service.
+
+    `jax.process_index()` would initialise the backend, which waits for all processes.
+    """
+    return global_state.service is not None
 
 
 def detect_cluster(

@@ -40,9 +40,12 @@ def device_put_rows(
 ) -> jax.Array:
     """Puts rows onto a global sharding; a process holds all rows or its local ones.
 
+    Each process transfers the blocks of its devices, also where the sharding splits
+    further axes.
+
     Args:
       x: rows along `axis`, either all `count` or those of `local_rows`.
-      sharding: target sharding.
+      sharding: target sharding, with contiguous rows.
       count: number of rows of the global array.
       axis: axis of the rows.
 
@@ -51,25 +54,36 @@ def device_put_rows(
     """
     if sharding.is_fully_addressable or not _is_addressable(x):
         return jax.device_put(x, sharding)
+    x = np.asarray(x)
     shape = (*x.shape[:axis], count, *x.shape[axis + 1 :])
-    return jax.make_array_from_process_local_data(sharding, np.asarray(x), shape)
+    held = local_rows(sharding, shape, axis) if x.shape[axis] < count else range(count)
+    first = {row: position for position, row in enumerate(held)}
+
+    def block(index: Any) -> np.ndarray:
+        start, stop, _ = index[axis].indices(count)
+        rows = slice(first[start], first[start] + stop - start)
+        return x[*index[:axis], rows, *index[axis + 1 :]]
+
+    return jax.make_array_from_callback(shape, sharding, block)
 
 
-def local_rows(sharding: Sharding | None, count: int, axis: int = 0) -> np.ndarray:
+def local_rows(
+    sharding: Sharding | None, shape: tuple[int, ...], axis: int = 0
+) -> np.ndarray:
     """Returns the indices of the rows on this process, in ascending order.
 
     Args:
-      sharding: sharding of an array with `count` rows along `axis`, or None.
-      count: number of rows of the global array.
+      sharding: sharding of the global array, or None.
+      shape: shape of the global array.
       axis: axis of the rows.
 
     Returns:
       Row indices; all of them for a fully addressable sharding.
     """
-    rows = np.arange(count)
+    rows = np.arange(shape[axis])
     if sharding is None or sharding.is_fully_addressable:
         return rows
-    indices = sharding.addressable_devices_indices_map((*(1,) * axis, count))
+    indices = sharding.addressable_devices_indices_map(shape)
     local = [rows[index[axis]] for index in indices.values() if index is not None]
     return np.unique(np.concatenate(local))
 

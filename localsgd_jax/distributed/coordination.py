@@ -18,6 +18,7 @@ from localsgd_jax.distributed._jax_internals import (
     is_deadline_exceeded,
     processes_missing_at_barrier,
 )
+from localsgd_jax.distributed.background import submit_daemon
 from localsgd_jax.distributed.mismatches import describe_mismatches, format_processes
 
 # After a mismatch, process 0 may exit and end the coordination service. It waits this
@@ -31,18 +32,22 @@ class CoordinationError(RuntimeError):
 
 
 class JobState:
-    """Process-wide state of the coordination: the timeout and sequence numbers.
+    """Process-wide state of the coordination: settings and sequence numbers.
 
     Attributes:
       timeout: seconds to wait for other processes; set by `initialize(timeout=)`.
+      recoverable: whether JAX keeps the job alive when a process fails; set by
+        `initialize(recoverable=)`.
+      has_peers: whether this process belongs to a job of several processes, also if
+        they could not be connected.
       num_coordinators: number of `Coordinator` objects by call and group. All
         processes of a group make the same calls in the same order, so equal numbers
         give equal keys in the store.
     """
 
     def __init__(self) -> None:
-        """Sets the default timeout."""
-        self.timeout = 300.0
+        """Sets the defaults of a program without other processes."""
+        self.timeout, self.recoverable, self.has_peers = 300.0, False, False
         self.num_coordinators: collections.Counter = collections.Counter()
 
 
@@ -85,8 +90,8 @@ class Coordinator:
           The messages by process index; without an entry for None.
 
         Raises:
-          CoordinationError: if a process does not reach the barrier within the timeout
-            of `initialize`; the message names it.
+          CoordinationError: if a process fails, or does not reach the barrier within
+            the timeout of `initialize`; the message names it.
         """
         if self.is_single:
             return {} if message is None else {jax.process_index(): message}
@@ -154,26 +159,67 @@ class Coordinator:
         return value
 
     def _publish(self, message: object) -> str:
-        """Stores a message and waits for all; returns an error text on a timeout."""
+        """Stores a message and waits for all; returns an error text on a failure."""
         store, previous_key = coordination_client(), self._last_key
         self._num_exchanges, self._last_key = self._num_exchanges + 1, ""
         if message is not None:
             self._last_key = f"{self._directory()}{jax.process_index()}"
             store.key_value_set(self._last_key, json.dumps(message))
+        wait = self._wait_for_live if job_state.recoverable else self._wait_for_all
+        if missing := wait():
+            return missing
+        if previous_key:  # All processes are past their previous read.
+            store.key_value_delete(previous_key)
+        return ""
+
+    def _wait_for_all(self) -> str:
+        """Waits at a barrier, which JAX fails if a process fails."""
         try:
             self._wait_at_barrier("all_gather", self.timeout)
         except jax.errors.JaxRuntimeError as error:
             if not is_deadline_exceeded(error):
-                reason = str(error).splitlines()[0]
-                raise CoordinationError(f"{self.call}: {reason}") from error
-            missing = processes_missing_at_barrier(error)
-            names = format_processes(missing) if missing else "a process"
-            return (
-                f"{names} did not reach the barrier within {self.timeout:g} s (timeout)"
-            )
-        if previous_key:  # All processes are past their previous read.
-            store.key_value_delete(previous_key)
+                raise self._service_error(error) from error
+            return self._describe_late(processes_missing_at_barrier(error))
         return ""
+
+    def _wait_for_live(self) -> str:
+        """Waits until each process has arrived or failed.
+
+        In a recoverable job a barrier ignores failures and would wait for its timeout.
+        `get_live_nodes` returns when all processes with a heartbeat have called it.
+        """
+        client, me = coordination_client(), jax.process_index()
+        arrivals, timeouts = (
+            f"{self._prefix}{name}/{self._num_exchanges}/"
+            for name in ("arrivals", "timeouts")
+        )
+        client.key_value_set(f"{arrivals}{me}", "")
+        future = submit_daemon(client.get_live_nodes, self.processes)
+        try:
+            live = future.result(self.timeout)
+        except TimeoutError:
+            keys = [key for key, _ in client.key_value_dir_get(arrivals)]
+            arrived = {int(key.rpartition("/")[2]) for key in keys}
+            reason = self._describe_late(sorted(set(self.processes) - arrived))
+            client.key_value_set(f"{timeouts}{me}", reason)
+            return reason
+        except jax.errors.JaxRuntimeError as error:
+            raise self._service_error(error) from error
+        if failed := sorted(set(self.processes) - set(live)):
+            return f"{format_processes(failed)} failed (exit or heartbeat timeout)"
+        if reasons := client.key_value_dir_get(timeouts):  # This process is late.
+            return reasons[0][1]
+        client.key_value_delete(f"{arrivals}{me}")
+        return ""
+
+    def _describe_late(self, processes: Sequence[int]) -> str:
+        """Returns the error text for processes that have not reached a barrier."""
+        names = format_processes(processes) if processes else "a process"
+        return f"{names} did not reach the barrier within {self.timeout:g} s (timeout)"
+
+    def _service_error(self, error: Exception) -> CoordinationError:
+        """Converts an error of the coordination service."""
+        return CoordinationError(f"{self.call}: {str(error).splitlines()[0]}")
 
     def _read(self) -> dict[int, Any]:
         """Returns the messages of the current exchange by process index."""

@@ -176,9 +176,8 @@ def job_fingerprint(process: ProcessInfo, config: Mapping) -> dict:
     Returns:
       Job id, number of processes, package versions, JAX flags and `config`.
     """
-    slurm = [os.environ.get(f"SLURM_{x}", "") for x in ("JOB_ID", "STEP_ID")]
     return {
-        "job_id": os.environ.get(JOB_ID_VARIABLE) or ".".join(slurm).strip("."),
+        "job_id": job_id(),
         "num_processes": process.num_processes,
         "version": {name: package_version(name) for name in COMPARED_PACKAGES},
         "jax_config": {
@@ -186,6 +185,12 @@ def job_fingerprint(process: ProcessInfo, config: Mapping) -> dict:
         },
         "config": config,
     }
+
+
+def job_id() -> str:
+    """Returns the id of the job, by the launcher or by SLURM; empty without either."""
+    slurm = [os.environ.get(f"SLURM_{x}", "") for x in ("JOB_ID", "STEP_ID")]
+    return os.environ.get(JOB_ID_VARIABLE) or ".".join(slurm).strip(".")
 
 
 def package_version(package: str) -> str:

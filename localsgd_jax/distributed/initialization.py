@@ -21,6 +21,8 @@ from localsgd_jax.distributed.mismatches import to_json
 from localsgd_jax.distributed.shutdown import install_exit_handlers
 
 MAX_TIMEOUT_SECONDS = 1e6
+# After the rendezvous all processes are ready to connect.
+MIN_CONNECT_TIMEOUT_SECONDS = 10
 
 
 def initialize(
@@ -48,6 +50,10 @@ def initialize(
     different, all of them raise. Afterwards an uncaught exception ends its process at
     once instead of blocking in JAX's shutdown barrier, and JAX's preemption service is
     disabled, so SIGTERM has its usual effect.
+
+    From the rendezvous on, a process that exits or hangs is noticed after
+    `heartbeat_timeout_seconds`. A recoverable job initialises its devices here, because
+    JAX exchanges their topology without heartbeats.
 
     Args:
       coordinator_address: HOST:PORT of process 0.
@@ -101,21 +107,27 @@ def initialize(
         )
     jax.config.update("jax_enable_preemption_service", False)
     jax.config.update("jax_enable_recoverability", recoverable)
-    coordination.job_state.timeout = timeout
+    job_state = coordination.job_state
+    job_state.timeout, job_state.recoverable = timeout, recoverable
+    job_state.has_peers = True
     bind_address = (
         coordinator_bind_address
         or os.environ.get("JAX_COORDINATOR_BIND_ADDRESS")
         or default_bind_address(process)
     )
     fingerprint = job_fingerprint(process, json_config)
+    heartbeat_timeout = heartbeat_timeout_seconds
     if process.process_id == 0:
-        rendezvous.serve(bind_address, fingerprint, process.num_processes, timeout)
-    else:
-        rendezvous.join(
-            process.coordinator_address, fingerprint, process.process_id, timeout
+        rendezvous.serve(
+            bind_address, fingerprint, process.num_processes, timeout, heartbeat_timeout
         )
-    _connect(process, bind_address, timeout, heartbeat_timeout_seconds)
-    install_exit_handlers(process.num_processes, recoverable, timeout)
+    else:
+        address, process_id = process.coordinator_address, process.process_id
+        rendezvous.join(address, fingerprint, process_id, timeout, heartbeat_timeout)
+    _connect(process, bind_address, timeout, heartbeat_timeout)
+    install_exit_handlers(process, recoverable, timeout)
+    if recoverable:
+        jax.local_devices()
     return process.num_processes
 
 
@@ -123,6 +135,7 @@ def _connect(
     process: ProcessInfo, bind_address: str, timeout: float, heartbeat_timeout: int
 ) -> None:
     """Initialises `jax.distributed` for a resolved process."""
+    connect_timeout = min(timeout, max(heartbeat_timeout, MIN_CONNECT_TIMEOUT_SECONDS))
     try:
         jax.distributed.initialize(
             process.coordinator_address,
@@ -130,7 +143,7 @@ def _connect(
             process.process_id,
             local_device_ids=process.local_device_ids,
             cluster_detection_method="deactivate",
-            initialization_timeout=math.ceil(timeout),
+            initialization_timeout=math.ceil(connect_timeout),
             heartbeat_timeout_seconds=heartbeat_timeout,
             coordinator_bind_address=bind_address,
         )

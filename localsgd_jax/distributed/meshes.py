@@ -1,6 +1,7 @@
 """Device meshes with the worker axis across hosts and slices."""
 
 import collections
+import contextlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -8,10 +9,11 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from localsgd_jax.core import validation
 
+NO_MESH = AbstractMesh((), ())
 Device = Any  # `jax.Device` has no type stubs.
 
 
@@ -27,12 +29,13 @@ def worker_mesh(
     Workers communicate once per round, the devices of one worker in every step.
     Therefore the worker axis is the outermost and separates slices (TPUs with several
     slices) or otherwise processes, and the inner axes of a worker span neighbouring
-    devices.
+    devices. A worker with more devices than a slice or process consists of consecutive
+    whole ones, and its first inner axis crosses them.
 
     Args:
       workers: K. The mesh then has the largest number of positions that divides K,
-        equal in every slice or process. None for one position per worker on all
-        devices.
+        equal in every slice or process unless a worker spans several of them. None for
+        one position per worker on all devices.
       axis: name of the worker axis.
       inner_axes: names and sizes of the axes inside a worker, such as `{"model": 2}`.
       devices: devices of all processes; None for `jax.devices()`.
@@ -41,8 +44,8 @@ def worker_mesh(
       A mesh with `AxisType.Auto` axes, for `on_mesh`.
 
     Raises:
-      TypeError: if an axis name is not a non-empty string, or a size or K is not an
-        int.
+      TypeError: if an axis name is not a non-empty string, a size or K is not an int,
+        or `devices` is not a sequence of devices.
       ValueError: if K is not a multiple of the slices or processes, the devices do not
         divide into workers, there are no devices, or a device or axis is repeated.
 
@@ -57,22 +60,18 @@ def worker_mesh(
     devices = _check_devices(jax.devices() if devices is None else devices)
     groups = _group_by_locality(devices)
     sizes = {len(group) for group in groups}
-    if len(sizes) == 1 and sizes.pop() % devices_per_worker == 0:
-        positions = len(groups[0]) // devices_per_worker
-        if workers is not None:
-            positions = _positions_per_group(workers, len(groups), positions)
-        shape = (positions, *inner.values())
-        grid = np.concatenate([_device_block(group, shape) for group in groups])
-    elif len(devices) % devices_per_worker == 0 and workers is None:
-        # A worker larger than a process consists of consecutive whole processes.
-        ordered = [device for group in groups for device in group]
-        grid = _object_array(ordered).reshape(-1, *inner.values())
+    size = sizes.pop() if len(sizes) == 1 else None
+    if size and size % devices_per_worker == 0:
+        grid = _workers_in_groups(groups, workers, tuple(inner.values()))
+    elif len(devices) % devices_per_worker == 0 and (
+        workers is None or (size and devices_per_worker % size == 0)
+    ):
+        grid = _workers_across_groups(groups, workers, tuple(inner.values()))
     else:
         raise ValueError(
             f"worker_mesh(inner_axes): workers of {devices_per_worker} devices must "
-            f"divide the {len(devices)} devices evenly, and with `workers` the devices "
-            "of every process or slice, got groups of "
-            f"{[len(group) for group in groups]} devices"
+            "divide the devices of every process or slice, or consist of whole ones, "
+            f"got groups of {[len(group) for group in groups]} devices"
         )
     axis_types = (AxisType.Auto,) * grid.ndim
     return Mesh(grid, (axis, *inner), axis_types=axis_types)
@@ -116,6 +115,26 @@ def submesh(
     return Mesh(grid, mesh.axis_names, axis_types=(AxisType.Auto,) * grid.ndim)
 
 
+def ambient_mesh(mesh: AbstractMesh | None) -> contextlib.AbstractContextManager:
+    """Returns a context in which `jax.set_mesh` of the user has no effect.
+
+    JAX rejects operations on arrays of one mesh while another mesh is set.
+
+    Args:
+      mesh: mesh that is set instead; an empty one allows arrays of any mesh, None
+        changes nothing.
+
+    Returns:
+      A context manager, also for traced code. It does nothing unless another mesh is
+      set.
+    """
+    current = jax.sharding.get_abstract_mesh()
+    is_manual = AxisType.Manual in current.axis_types
+    if mesh is None or current.empty or is_manual or current == mesh:
+        return contextlib.nullcontext()
+    return jax.sharding.use_abstract_mesh(mesh)
+
+
 def _check_inner_axes(axis: str, inner_axes: Mapping[str, int] | None) -> dict:
     """Returns the inner axes as a dict after checking names and sizes."""
     if inner_axes is not None and not isinstance(inner_axes, Mapping):
@@ -140,15 +159,25 @@ def _check_inner_axes(axis: str, inner_axes: Mapping[str, int] | None) -> dict:
 
 def _check_devices(devices: Sequence[Device]) -> list[Device]:
     """Returns the devices as a list; raises if it is empty or has a duplicate."""
+    if not isinstance(devices, Iterable):
+        raise TypeError(
+            f"worker_mesh(devices): must be a sequence of devices, got {devices!r}"
+        )
     checked = list(devices)
     if not checked:
         raise ValueError("worker_mesh(devices): must not be empty, got 0 devices")
-    for i, device in enumerate(checked):
+    seen = set()
+    for device in checked:
+        if not hasattr(device, "process_index"):
+            raise TypeError(
+                f"worker_mesh(devices): must be a sequence of devices, got {device!r}"
+            )
         # Compared by identity, so that device objects need not be hashable.
-        if any(device is other for other in checked[:i]):
+        if id(device) in seen:
             raise ValueError(
                 f"worker_mesh(devices): must be distinct, got {device} twice"
             )
+        seen.add(id(device))
     return checked
 
 
@@ -175,12 +204,38 @@ def _positions_per_group(workers: int, num_groups: int, max_positions: int) -> i
     return next(n for n in range(largest, 0, -1) if per_group % n == 0)
 
 
+def _workers_in_groups(
+    groups: Sequence[Sequence[Device]], workers: int | None, inner: tuple[int, ...]
+) -> np.ndarray:
+    """Arranges workers that are smaller than a group, equally many in each."""
+    positions = len(groups[0]) // math.prod(inner)
+    if workers is not None:
+        positions = _positions_per_group(workers, len(groups), positions)
+    blocks = [_device_block(group, (positions, *inner)) for group in groups]
+    return np.concatenate(blocks)
+
+
+def _workers_across_groups(
+    groups: Sequence[Sequence[Device]], workers: int | None, inner: tuple[int, ...]
+) -> np.ndarray:
+    """Arranges workers of consecutive groups; the outermost inner axis crosses them."""
+    ordered = np.concatenate([_device_block(group, (len(group),)) for group in groups])
+    positions = len(ordered) // math.prod(inner)
+    if workers is not None:
+        positions = _positions_per_group(workers, 1, positions)
+    return ordered[: positions * math.prod(inner)].reshape(positions, *inner)
+
+
 def _device_block(group: Sequence[Device], shape: tuple[int, ...]) -> np.ndarray:
-    """Arranges the devices of one group by their physical topology."""
-    size = math.prod(shape)
-    if size < len(group):
-        return _object_array(group[:size]).reshape(shape)
-    return mesh_utils.create_device_mesh(shape, group)
+    """Arranges the first devices of a group by their physical topology."""
+    kept = group[: math.prod(shape)]
+    try:
+        return mesh_utils.create_device_mesh(
+            shape, kept, allow_split_physical_axes=True
+        )
+    except (AssertionError, NotImplementedError):
+        # The coordinates are no cuboid, such as those of a part of a slice.
+        return _object_array(kept).reshape(shape)
 
 
 def _object_array(devices: Sequence[Device]) -> np.ndarray:

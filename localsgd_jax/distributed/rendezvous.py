@@ -5,6 +5,9 @@ another job at its coordination service. Therefore all processes first connect t
 coordinator's port in plain TCP. Each message is one line of JSON. A process registers
 with its index and the fingerprint of its environment; process 0 compares the
 fingerprints and replies with an error text, which is empty if all of them match.
+
+Until then process 0 sends empty lines, which the others return, so that both sides
+notice a process that has exited or does not respond.
 """
 
 import json
@@ -14,15 +17,24 @@ from collections.abc import Mapping
 
 from localsgd_jax.distributed.coordination import CoordinationError
 from localsgd_jax.distributed.environment import parse_address
-from localsgd_jax.distributed.mismatches import describe_mismatches, format_processes
+from localsgd_jax.distributed.mismatches import describe_mismatches
+from localsgd_jax.distributed.registration import (
+    IO_TIMEOUT_SECONDS,
+    MAX_MESSAGE_BYTES,
+    PING,
+    RegistrationServer,
+    parse_message,
+)
 
-MAX_MESSAGE_BYTES = 1 << 16
-IO_TIMEOUT_SECONDS = 5.0
 RETRY_INTERVAL_SECONDS = 0.1
 
 
 def serve(
-    bind_address: str, fingerprint: Mapping, num_processes: int, timeout: float
+    bind_address: str,
+    fingerprint: Mapping,
+    num_processes: int,
+    timeout: float,
+    heartbeat_timeout: float,
 ) -> None:
     """Accepts all processes as process 0 and replies with the result.
 
@@ -32,39 +44,34 @@ def serve(
         job.
       num_processes: number of processes in the job.
       timeout: seconds to wait for the other processes.
+      heartbeat_timeout: seconds without a response after which a registered process
+        counts as failed.
 
     Raises:
-      CoordinationError: if the port is in use, a process is missing, or fingerprints
-        differ.
+      CoordinationError: if the port is in use, a process is missing or fails, or
+        fingerprints differ.
     """
-    peers: dict[int, socket.socket] = {}
-    fingerprints = {0: dict(fingerprint)}
-    deadline = time.monotonic() + timeout
-    with _listen(bind_address) as listener:
-        try:
-            while (
-                len(fingerprints) < num_processes
-                and (seconds_left := deadline - time.monotonic()) > 0
-            ):
-                listener.settimeout(seconds_left)
-                try:
-                    peer, _ = listener.accept()
-                except TimeoutError:
-                    break
-                _accept_peer(peer, num_processes, fingerprints, peers)
-            error = _compare(fingerprints, num_processes, timeout)
-            for peer in peers.values():
-                _send(peer, {"error": error})
-            for peer in peers.values():
-                _wait_closed(peer)
-        finally:
-            for peer in peers.values():
-                peer.close()
+    with (
+        _listen(bind_address) as listener,
+        RegistrationServer(
+            listener, fingerprint, num_processes, heartbeat_timeout
+        ) as server,
+    ):
+        failure = server.wait_for_all(timeout)
+        problems = [failure, *describe_mismatches(server.fingerprints)]
+        error = "; ".join(filter(None, problems))
+        server.reply_to_all({"error": error})
     if error:
         raise CoordinationError(f"initialize(): {error}")
 
 
-def join(address: str, fingerprint: Mapping, process_id: int, timeout: float) -> None:
+def join(
+    address: str,
+    fingerprint: Mapping,
+    process_id: int,
+    timeout: float,
+    heartbeat_timeout: float,
+) -> None:
     """Registers at process 0 and waits for the result.
 
     Args:
@@ -72,16 +79,23 @@ def join(address: str, fingerprint: Mapping, process_id: int, timeout: float) ->
       fingerprint: values that must be equal in all processes.
       process_id: index of this process.
       timeout: seconds to wait for process 0.
+      heartbeat_timeout: seconds without a message after which process 0 counts as
+        failed.
 
     Raises:
       CoordinationError: if process 0 does not reply, belongs to another job, or
         reports an error.
     """
+    registration = {"process_id": process_id, "fingerprint": fingerprint}
     with _connect_with_retry(address, process_id, timeout) as connection:
-        connection.settimeout(timeout + IO_TIMEOUT_SECONDS)
-        _send(connection, {"process_id": process_id, "fingerprint": fingerprint})
         try:
-            reply = _receive(connection)
+            connection.sendall(json.dumps(registration).encode() + b"\n")
+            reply = _receive_reply(connection, timeout, heartbeat_timeout)
+        except TimeoutError:
+            raise CoordinationError(
+                f"initialize(): process 0 at {address} did not respond to process "
+                f"{process_id} within {heartbeat_timeout:g} s (heartbeat timeout)"
+            ) from None
         except OSError:
             reply = None
     if reply is None or "error" not in reply:
@@ -130,88 +144,29 @@ def _connect_with_retry(address: str, process_id: int, timeout: float) -> socket
             time.sleep(RETRY_INTERVAL_SECONDS)
 
 
-def _accept_peer(
-    peer: socket.socket,
-    num_processes: int,
-    fingerprints: dict[int, dict],
-    peers: dict[int, socket.socket],
-) -> None:
-    """Reads the registration of a peer; rejects peers of other jobs."""
-    peer.settimeout(IO_TIMEOUT_SECONDS)
-    try:
-        message = _receive(peer) or {}
-    except OSError:
-        message = {}
-    process_id, fingerprint = message.get("process_id"), message.get("fingerprint")
-    if type(process_id) is not int or not isinstance(fingerprint, dict):
-        peer.close()
-        return
-    job_id, peer_job_id = fingerprints[0].get("job_id"), fingerprint.get("job_id")
-    rejection = ""
-    if peer_job_id != job_id:
-        rejection = (
-            f"process {process_id} belongs to job {peer_job_id!r}, process 0 to job "
-            f"{job_id!r}"
-        )
-    elif process_id in fingerprints:
-        rejection = f"process {process_id} of {num_processes} is already registered"
-    elif process_id not in range(num_processes):
-        rejection = f"process_id must be less than {num_processes}, got {process_id}"
-    if rejection:
-        _send(peer, {"error": rejection})
-        _wait_closed(peer)
-        peer.close()
-        return
-    fingerprints[process_id], peers[process_id] = fingerprint, peer
+def _receive_reply(
+    connection: socket.socket, timeout: float, heartbeat_timeout: float
+) -> dict | None:
+    """Returns the reply of process 0; returns its pings before.
 
+    Returns:
+      The reply; None if the connection is closed or the message is not a reply.
 
-def _compare(
-    fingerprints: Mapping[int, Mapping], num_processes: int, timeout: float
-) -> str:
-    """Returns missing processes and mismatches as one text; empty without any."""
-    problems = describe_mismatches(fingerprints)
-    if missing := sorted(set(range(num_processes)) - set(fingerprints)):
-        problems.insert(
-            0,
-            f"{format_processes(missing)} of {num_processes} did not reach the "
-            f"rendezvous within {timeout:g} s (timeout)",
-        )
-    return "; ".join(problems)
-
-
-def _send(connection: socket.socket, message: Mapping) -> None:
-    """Sends one line of JSON; ignores a closed connection."""
-    try:
-        connection.sendall(json.dumps(message).encode() + b"\n")
-    except OSError:
-        pass
-
-
-def _receive(connection: socket.socket) -> dict | None:
-    """Receives one line of JSON; returns None for anything else."""
-    raw = b""
-    while not raw.endswith(b"\n") and len(raw) < MAX_MESSAGE_BYTES:
+    Raises:
+      TimeoutError: if process 0 sends nothing for `heartbeat_timeout` seconds.
+      OSError: if the connection fails.
+    """
+    deadline = time.monotonic() + timeout + IO_TIMEOUT_SECONDS
+    line = b""
+    while len(line) < MAX_MESSAGE_BYTES and (left := deadline - time.monotonic()) > 0:
+        connection.settimeout(min(heartbeat_timeout, left))
         chunk = connection.recv(4096)
         if not chunk:
-            break
-        raw += chunk
-        if raw[:1] != b"{":
             return None
-    try:
-        message = json.loads(raw)
-    except (ValueError, RecursionError):
-        return None
-    return message if isinstance(message, dict) else None
-
-
-def _wait_closed(connection: socket.socket) -> None:
-    """Waits until the peer has closed the connection.
-
-    The side that closes first keeps the port in TIME_WAIT, and JAX needs it next.
-    """
-    connection.settimeout(IO_TIMEOUT_SECONDS)
-    try:
-        while connection.recv(4096):
-            pass
-    except OSError:
-        pass
+        line += chunk
+        while line.startswith(PING):
+            line = line.removeprefix(PING)
+            connection.sendall(PING)
+        if line and (line[:1] != b"{" or line.endswith(b"\n")):
+            return parse_message(line)
+    return None

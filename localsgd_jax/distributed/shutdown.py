@@ -16,8 +16,10 @@ from types import TracebackType
 
 import jax
 
-from localsgd_jax.distributed._jax_internals import coordination_client
+from localsgd_jax.distributed._jax_internals import coordination_client, is_coordinator
 from localsgd_jax.distributed.background import submit_daemon
+from localsgd_jax.distributed.coordination import job_state
+from localsgd_jax.distributed.environment import ProcessInfo
 
 # Process 0 hosts the coordination service, through which the other processes receive
 # their errors, so it exits last.
@@ -28,40 +30,45 @@ def exit_process(code: int) -> None:
     """Exits a process of a job without the shutdown barrier.
 
     `sys.exit` would block in the shutdown barrier until JAX aborts all processes. In a
-    program without other processes this call returns.
+    program without other processes this call returns. It does not return in a process
+    whose `initialize` has failed.
 
     Args:
       code: exit code.
     """
-    if not jax.distributed.is_initialized():
+    is_connected = jax.distributed.is_initialized()
+    if not (is_connected or job_state.has_peers):
         return
     sys.stdout.flush()
     sys.stderr.flush()
-    if jax.process_index() == 0:
+    if is_connected and is_coordinator():
         time.sleep(COORDINATOR_EXIT_DELAY_SECONDS)
     os._exit(code)
 
 
 def install_exit_handlers(
-    num_processes: int, recoverable: bool, timeout: float
+    process: ProcessInfo, recoverable: bool, timeout: float
 ) -> None:
     """Installs the exception hook and, for recoverable jobs, an exit barrier.
 
     An uncaught exception then ends its process at once.
 
     Args:
-      num_processes: number of processes in the job.
+      process: index of this process and number of processes.
       recoverable: whether processes may fail or exit at different times. When the
         service of process 0 ends, JAX aborts all processes that still run, so process
         0 then waits for them at exit.
       timeout: seconds that process 0 waits at most.
     """
     _install_excepthook()
-    if recoverable:
-        exiting = threading.Event()
+    if not recoverable:
+        return
+    exiting, peers = threading.Event(), None
+    if process.process_id == 0:
         # Started now: from Python 3.12 on, no thread can start during the exit.
-        peers = submit_daemon(_wait_for_peers, exiting, list(range(num_processes)))
-        atexit.register(_shutdown_after_peers, exiting, peers, timeout)
+        processes = list(range(process.num_processes))
+        peers = submit_daemon(_wait_for_peers, exiting, processes)
+    atexit.register(_shutdown_after_peers, exiting, peers, timeout)
 
 
 def _install_excepthook() -> None:
@@ -86,12 +93,12 @@ def _wait_for_peers(exiting: threading.Event, processes: list[int]) -> None:
 
 
 def _shutdown_after_peers(
-    exiting: threading.Event, peers: Future, timeout: float
+    exiting: threading.Event, peers: Future | None, timeout: float
 ) -> None:
     """Shuts the job down; process 0 waits for its peers first."""
     if coordination_client() is None:  # The program has called shutdown itself.
         return
-    if jax.process_index() == 0:
+    if peers:
         exiting.set()
         concurrent.futures.wait([peers], timeout)
     jax.distributed.shutdown()

@@ -33,4 +33,4 @@ def local_workers(cluster: Cluster | ProcessCluster) -> np.ndarray:
     if isinstance(cluster, ProcessCluster):
         return np.flatnonzero(np.array(cluster.worker_process) == jax.process_index())
     row = cluster.shard_batch(jax.ShapeDtypeStruct((cluster.num_workers,), np.float32))
-    return local_rows(row.sharding, cluster.num_workers)
+    return local_rows(row.sharding, row.shape)

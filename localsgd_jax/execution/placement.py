@@ -23,7 +23,10 @@ from localsgd_jax.core.types import (
     SyncContext,
 )
 from localsgd_jax.distributed import arrays, coordination
+from localsgd_jax.execution.ambient_mesh import explain_automatic_axes, in_mesh
+from localsgd_jax.execution.batches import check_batch_spec, shard_batch
 from localsgd_jax.execution.layout import Layout, as_tuple
+from localsgd_jax.execution.partition_metadata import shard_params
 from localsgd_jax.execution.replication import init_state
 
 
@@ -82,6 +85,7 @@ def on_mesh(
     *,
     axis: str | Sequence[str] = "worker",
     worker_map: str = "vmap",
+    batch_spec: PyTree = None,
 ) -> Cluster:
     """Distributes workers over the devices of a mesh.
 
@@ -99,13 +103,21 @@ def on_mesh(
       worker_map: how the local steps of the lanes of a position run: "vmap" batches
         them, "map" runs them one after another with `jax.lax.map`, which is faster
         for convolutions on CPUs.
+      batch_spec: layout of host batches inside a worker: the `PartitionSpec` of a leaf
+        `(B, ...)` of the batch of one worker over the inner axes, or a pytree prefix
+        of such specs, as `in_shardings` of `jax.jit`. None splits B over the inner
+        axes "data" and "fsdp" of the mesh if their sizes divide it, and nothing else;
+        `PartitionSpec()` splits nothing. Leaves `(K,)` are not split. A batch that is
+        on the mesh already keeps its layout.
 
     Returns:
       A cluster.
 
     Raises:
-      TypeError: if the algorithm is not an `Algorithm` or the mesh is not a `Mesh`.
-      ValueError: if the mesh lacks an axis or K is no multiple of the positions.
+      TypeError: if the algorithm is not an `Algorithm`, the mesh is not a `Mesh`, or a
+        batch spec is not a `PartitionSpec`.
+      ValueError: if the mesh lacks an axis, K is no multiple of the positions, or a
+        batch spec names an axis that is not inside a worker.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -134,19 +146,19 @@ def on_mesh(
             f"positions on the mesh axes {names}, got {workers}"
         )
     layout = Layout.on_mesh(mesh, names, lanes=workers // positions)
-    return _build_cluster(algorithm, layout, worker_map)
+    return _build_cluster(algorithm, layout, worker_map, batch_spec)
 
 
-def _build_cluster(algorithm: Algorithm, layout: Layout, worker_map: str) -> Cluster:
+def _build_cluster(
+    algorithm: Algorithm, layout: Layout, worker_map: str, batch_spec: PyTree = None
+) -> Cluster:
     """Builds the functions of K workers from the functions of one worker."""
-    count = layout.num_workers
+    count, batch_spec = layout.num_workers, check_batch_spec(layout, batch_spec)
     step = _map_step(algorithm.step, worker_map, layout.workers_per_position)
-    sync = _vmap_sync(algorithm.sync, layout)
-    sync_if = partial(_sync_if, sync)
     if layout.mesh is not None:
-        step, sync, sync_if = _shard_map_all(layout, step, sync, sync_if)
-    run_sync = jax.jit(partial(_run_sync, sync))
-    run_sync_if = jax.jit(partial(_run_sync_if, sync_if))
+        step = _shard_map_step(layout, explain_automatic_axes(step))
+    run_sync = jax.jit(partial(_run_sync, algorithm, layout))
+    run_sync_if = jax.jit(partial(_run_sync_if, algorithm, layout))
 
     # The weights are checked outside jit, where their values are known.
     def checked_sync(state: State, weight: jax.Array | None = None) -> State:
@@ -157,16 +169,17 @@ def _build_cluster(algorithm: Algorithm, layout: Layout, worker_map: str) -> Clu
     ) -> State:
         return run_sync_if(due, state, validation.check_weights(weight, count))
 
-    return Cluster(
+    cluster = Cluster(
         init=partial(_init, algorithm, layout),
-        step=jax.jit(partial(_run_step, step, count)),
+        step=jax.jit(partial(_run_step, step, layout)),
         sync=checked_sync,
         num_workers=count,
-        shard_batch=partial(_shard_batch, layout),
+        shard_batch=partial(shard_batch, layout, batch_spec),
         bytes_sent=partial(_bytes_sent, algorithm, layout),
         algorithm=algorithm,
         sync_if=checked_sync_if,
     )
+    return cluster if layout.mesh is None else in_mesh(layout.mesh, cluster)
 
 
 def _init(algorithm: Algorithm, layout: Layout, params: PyTree) -> State:
@@ -181,55 +194,67 @@ def _init(algorithm: Algorithm, layout: Layout, params: PyTree) -> State:
         }
         holders = arrays.processes_of(NamedSharding(mesh, P()))
         coordination.assert_equal_across_processes("init(params)", fingerprint, holders)
-    return init_state(algorithm, layout, params)
+    return init_state(algorithm, layout, shard_params(algorithm, layout, params))
 
 
 def _run_step(
-    step: Callable, count: int, state: State, batch: PyTree
+    step: Callable, layout: Layout, state: State, batch: PyTree
 ) -> tuple[State, PyTree]:
     """Takes one local step of all workers and increments the step counter."""
-    validation.check_worker_axis("step(state, batch)", batch, count)
+    validation.check_worker_axis("step(state, batch)", batch, layout.num_workers)
     workers, metrics = step(state.workers, batch)
-    return state._replace(step=state.step + 1, workers=workers), metrics
+    state = state._replace(step=state.step + 1, workers=workers)
+    return layout.constrain(state), metrics
 
 
-def _run_sync(sync: Callable, state: State, weight: jax.Array | None) -> State:
+def _run_sync(
+    algorithm: Algorithm, layout: Layout, state: State, weight: jax.Array | None
+) -> State:
     """Synchronises all workers and increments the round counter."""
+    sync = _vmap_sync(algorithm.sync, layout, _worker_specs(state))
     number = state.round + 1
-    return State(
-        state.step,
-        number,
-        *sync(state.workers, state.local, state.shared, number, weight),
+    workers, local, shared = _shard_map_sync(layout, sync)(
+        state.workers, state.local, state.shared, number, weight
+    )
+    return layout.constrain(
+        State(state.step, number, workers, local, shared, state.specs)
     )
 
 
 def _run_sync_if(
-    sync_if: Callable, due: jax.Array, state: State, weight: jax.Array | None
+    algorithm: Algorithm,
+    layout: Layout,
+    due: jax.Array,
+    state: State,
+    weight: jax.Array | None,
 ) -> State:
     """Synchronises all workers and increments the round counter if due."""
+    sync = _vmap_sync(algorithm.sync, layout, _worker_specs(state))
+
+    # The conditional is inside the shard_map: around it, the GPU compiler of JAX 0.11
+    # gathers the outputs of both branches, whether the round is due or not.
+    def sync_if(workers, local, shared, due, number, weight):
+        return jax.lax.cond(
+            due,
+            lambda operands: sync(*operands, number, weight),
+            lambda operands: operands,
+            (workers, local, shared),
+        )
+
     number = state.round + jnp.asarray(due, jnp.int32)
-    return State(
-        state.step,
-        number,
-        *sync_if(due, state.workers, state.local, state.shared, number, weight),
+    workers, local, shared = _shard_map_sync(layout, sync_if)(
+        state.workers, state.local, state.shared, due, number, weight
+    )
+    return layout.constrain(
+        State(state.step, number, workers, local, shared, state.specs)
     )
 
 
-def _shard_batch(layout: Layout, batch: PyTree, time: bool = False) -> PyTree:
-    """Transfers a host batch to the devices of the workers.
-
-    Abstract leaves are returned with shardings.
-    """
-    count, axis = layout.num_workers, int(time)
-    sharding, local = layout.batch_sharding(time), len(layout.local_rows(time))
-    validation.check_worker_axis("shard_batch(batch)", batch, count, axis, local)
-    if pytrees.is_abstract(batch):
-        return pytrees.with_shardings(batch, jax.tree.map(lambda x: sharding, batch))
-    if sharding is None or sharding.is_fully_addressable:
-        return jax.device_put(batch, sharding)
-    return jax.tree.map(
-        lambda x: arrays.device_put_rows(x, sharding, count, axis), batch
-    )
+def _worker_specs(state: State) -> PyTree | None:
+    """Returns the partition of the train state of one worker, as a tree."""
+    if state.specs is None:
+        return None
+    return jax.tree.structure(state.workers).unflatten(state.specs.workers)
 
 
 def _bytes_sent(
@@ -248,8 +273,9 @@ def _bytes_sent(
 
     def traced_sync(worker, local, shared, traced_round):
         number = traced_round if round is None else round
-        context = SyncContext(carriers, number)
-        return algorithm.sync(worker, RuleState(shared, local), context)
+        context = SyncContext(carriers, number, specs=_worker_specs(state))
+        with layout.ambient_inner():
+            return algorithm.sync(worker, RuleState(shared, local), context)
 
     return jaxpr_bytes_sent(
         traced_sync, layout.axes, worker, local, shapes.shared, shapes.round
@@ -281,12 +307,12 @@ def _unbatched_step(
     return jax.tree.map(lambda x: jnp.asarray(x)[None], step(*single))
 
 
-def _vmap_sync(sync: Callable, layout: Layout) -> Callable:
+def _vmap_sync(sync: Callable, layout: Layout, specs: PyTree | None) -> Callable:
     """Maps the synchronisation of one worker over the lanes of a position."""
     carriers = layout.carriers
 
     def sync_one(worker, local, shared, round_number, weight):
-        context = SyncContext(carriers, round_number, weight)
+        context = SyncContext(carriers, round_number, weight, specs)
         worker, state = sync(worker, RuleState(shared, local), context)
         return worker, state.local, state.shared
 
@@ -319,36 +345,46 @@ def _vmap_sync(sync: Callable, layout: Layout) -> Callable:
     return sync_position
 
 
-def _sync_if(sync: Callable, due, workers, local, shared, round_number, weight):
-    """Synchronises the workers of a position inside a conditional."""
-    return jax.lax.cond(
-        due,
-        lambda operands: sync(*operands, round_number, weight),
-        lambda operands: operands,
-        (workers, local, shared),
-    )
+def _shard_map_step(layout: Layout, step: Callable) -> Callable:
+    """Runs the step of a position at each position of the mesh."""
+    split = P(layout.names)
+    return _shard_map(layout)(step, in_specs=(split, split), out_specs=(split, split))
 
 
-def _shard_map_all(
-    layout: Layout, step: Callable, sync: Callable, sync_if: Callable
-) -> tuple[Callable, Callable, Callable]:
-    """Runs the functions of a position at each position of the mesh."""
+def _shard_map_sync(layout: Layout, sync: Callable) -> Callable:
+    """Runs the synchronisation of a position at each position of the mesh.
+
+    Args:
+      layout: positions of the workers.
+      sync: `sync(workers, local, shared, *scalars, weight) -> (workers, local,
+        shared)`.
+
+    Returns:
+      A function of the same arguments, for the workers of all positions.
+    """
+    if layout.mesh is None:
+        return sync
     split, replicated = P(layout.names), P()
+    state_specs = (split, split, replicated)
+
+    def mapped(workers, local, shared, *scalars_and_weight):
+        *scalars, weight = scalars_and_weight
+        specs = (*state_specs, *(replicated,) * len(scalars), split)
+        return _shard_map(layout)(sync, in_specs=specs, out_specs=state_specs)(
+            workers, local, shared, *scalars, weight
+        )
+
+    return mapped
+
+
+def _shard_map(layout: Layout) -> Callable:
+    """Returns `jax.shard_map` over the worker axes of the mesh."""
     # Varying-axes checks are off: every value inside is a worker's own copy or is
     # reduced by the rule, so the checks would find nothing. With them, gradients with
     # respect to replicated values would be summed over workers, and a cond around a
     # pmean would not type-check.
-    shard_map = partial(
+    return partial(
         jax.shard_map, mesh=layout.mesh, axis_names=set(layout.axes), check_vma=False
-    )
-    state_specs = (split, split, replicated)
-    sync_specs = (*state_specs, replicated, split)
-    return (
-        shard_map(step, in_specs=(split, split), out_specs=(split, split)),
-        shard_map(sync, in_specs=sync_specs, out_specs=state_specs),
-        # The conditional is inside the shard_map: around it, the GPU compiler of JAX
-        # 0.11 gathers the outputs of both branches, whether the round is due or not.
-        shard_map(sync_if, in_specs=(replicated, *sync_specs), out_specs=state_specs),
     )
 
 

@@ -10,20 +10,20 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
-from localsgd_jax.core.pytrees import promote
+from localsgd_jax.core.pytrees import is_key, promote
 from localsgd_jax.core.types import Algorithm, Cluster, PyTree, State
 from localsgd_jax.distributed.meshes import submesh
-from localsgd_jax.execution.layout import as_tuple
+from localsgd_jax.execution.ambient_mesh import without_mesh
+from localsgd_jax.execution.layout import Layout, as_tuple
+from localsgd_jax.execution.partition_metadata import shard_params
 from localsgd_jax.execution.placement import on_mesh, simulate
 from localsgd_jax.execution.process_programs import (
     ProcessPrograms,
     SubCluster,
-    shardings_of,
 )
-from localsgd_jax.execution.replication import fold_in_workers, is_key
+from localsgd_jax.execution.replication import fold_in_workers, init_state
 
 
 class ProcessCluster(NamedTuple):
@@ -48,10 +48,11 @@ class ProcessCluster(NamedTuple):
       mean: `mean(tree, devices=None) -> tree`; x̄ = (1/K) Σₖ xₖ of leaves
         `(K_local, ...)`, computed as `consensus` does, over the workers of all
         processes or of the processes of `devices`.
-      mean_cluster: cluster with one worker in this process, for the mean model.
+      mean_cluster: cluster with one worker in this process, for the mean model; the
+        worker is on as many devices as a worker of `local`.
       replicate: `replicate(state, like=None) -> state`; initialises the workers of this
-        process from a state of `mean_cluster`. Sharded workers need `like`, a state
-        from `init`, whose shardings are used.
+        process from a state of `mean_cluster`. The workers are sharded as in that
+        state, or as in `like`, a state from `init`.
       bytes_sent: as in `Cluster`, for one worker of the K.
       first_local_worker: global index of the first worker of this process.
       worker_process: process index of each worker, `(K,)`.
@@ -79,6 +80,7 @@ def on_processes(
     *,
     axis: str | Sequence[str] = "worker",
     worker_map: str = "vmap",
+    batch_spec: PyTree = None,
 ) -> ProcessCluster:
     """Distributes workers over processes with independent local steps.
 
@@ -102,6 +104,7 @@ def on_processes(
       workers: K, a multiple of the number of positions; None for one per position.
       axis: as in `on_mesh`.
       worker_map: as in `on_mesh`.
+      batch_spec: as in `on_mesh`, for `local.shard_batch`.
 
     Returns:
       The functions for this process.
@@ -124,7 +127,9 @@ def on_processes(
       Array([2., 2.], dtype=float32)
     """
     axes = as_tuple(axis)
-    make_cluster = partial(on_mesh, algorithm, axis=axis, worker_map=worker_map)
+    make_cluster = partial(
+        on_mesh, algorithm, axis=axis, worker_map=worker_map, batch_spec=batch_spec
+    )
     global_cluster = make_cluster(mesh, workers)
     workers_per_position = global_cluster.num_workers // make_cluster(mesh).num_workers
 
@@ -138,19 +143,20 @@ def on_processes(
     positions = sub_cluster(devices).process_of_position
     worker_process = np.repeat(positions, global_cluster.num_workers // len(positions))
     local = sub_cluster(tuple(d for d in devices if d in jax.local_devices()))
+    local_layout = Layout.on_mesh(local.mesh, axes, workers_per_position)
     programs = ProcessPrograms(sub_cluster, local)
     first = int(np.argmax(worker_process == jax.process_index()))
     return ProcessCluster(
         local=local.cluster,
         num_workers=global_cluster.num_workers,
-        init=partial(
-            _init, algorithm, local.cluster, global_cluster.num_workers, first
+        init=without_mesh(
+            partial(_init, algorithm, local_layout, global_cluster.num_workers, first)
         ),
-        local_steps=programs.local_steps,
-        sync=partial(_sync, programs, devices),
-        mean=partial(_mean, programs, devices),
-        mean_cluster=simulate(algorithm, 1, axis=axes[-1]),
-        replicate=partial(_replicate, local, first),
+        local_steps=without_mesh(programs.local_steps),
+        sync=without_mesh(partial(_sync, programs, devices)),
+        mean=without_mesh(partial(_mean, programs, devices)),
+        mean_cluster=_mean_cluster(algorithm, local_layout),
+        replicate=without_mesh(partial(_replicate, local_layout, first)),
         bytes_sent=global_cluster.bytes_sent,
         first_local_worker=first,
         worker_process=tuple(worker_process.tolist()),
@@ -244,26 +250,28 @@ def _check_weight(report: Sequence[float] | np.ndarray) -> None:
         )
 
 
-def _init(
-    algorithm: Algorithm, local: Cluster, workers: int, first: int, params: PyTree
-) -> State:
-    """Initialises the local workers as `simulate(algorithm, K).init` does."""
-    params = jax.tree.map(jnp.asarray, params)
-    abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params
+def _mean_cluster(algorithm: Algorithm, local: Layout) -> Cluster:
+    """Creates a cluster of one worker, sharded like the workers of this process."""
+    if local.mesh is None or not local.inner_axes:
+        return simulate(algorithm, 1, axis=local.names[-1])
+    first_position = tuple(
+        slice(0, 1) if name in local.axes else slice(None)
+        for name in local.mesh.axis_names
     )
+    mesh = Mesh(local.mesh.devices[first_position], local.mesh.axis_names)
+    return on_mesh(algorithm, mesh, axis=local.names)
 
-    def local_rows(params: PyTree) -> State:
-        state = simulate(algorithm, workers).init(params)
-        rows = partial(jax.tree.map, lambda x: x[first : first + local.num_workers])
-        return state._replace(workers=rows(state.workers), local=rows(state.local))
 
-    out = shardings_of(local.init(abstract))
-    return jax.jit(local_rows, out_shardings=out)(params)
+def _init(
+    algorithm: Algorithm, local: Layout, workers: int, first: int, params: PyTree
+) -> State:
+    """Initialises the local workers as workers `first`, `first` + 1, … of K."""
+    params = shard_params(algorithm, local, params)
+    return init_state(algorithm, local, params, first, workers)
 
 
 def _replicate(
-    local: SubCluster, first: int, single: State, like: State | None = None
+    local: Layout, first: int, single: State, like: State | None = None
 ) -> State:
     """Replicates the state of one worker over the local workers.
 
@@ -271,7 +279,7 @@ def _replicate(
 
     Worker 0 keeps its PRNG keys; every other worker folds its index into them.
     """
-    indices = first + jnp.arange(local.cluster.num_workers)
+    indices = first + jnp.arange(local.num_workers)
 
     def replicate_leaf(x: jax.Array) -> jax.Array:
         row = x[0]
@@ -284,11 +292,6 @@ def _replicate(
         rows = partial(jax.tree.map, replicate_leaf)
         return single._replace(workers=rows(single.workers), local=rows(single.local))
 
-    split = NamedSharding(local.mesh, P(local.axes))
-    replicated = NamedSharding(local.mesh, P())
-    out = jax.tree.map(lambda x: replicated, single)._replace(
-        workers=jax.tree.map(lambda x: split, single.workers),
-        local=jax.tree.map(lambda x: split, single.local),
-    )
-    out = out if like is None else shardings_of(like)
-    return jax.jit(replicate, out_shardings=out)(jax.device_put(single, replicated))
+    single = single._replace(specs=(like or single).specs)
+    placed = jax.device_put(single, local.state_shardings(single, rows=None))
+    return jax.jit(replicate, out_shardings=local.state_shardings(single))(placed)

@@ -1,10 +1,14 @@
 """Training steps and rounds as pure functions for jit."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from localsgd_jax.core.types import Cluster, PyTree, State
+from localsgd_jax.execution.ambient_mesh import in_mesh_of_state
+from localsgd_jax.execution.cyclic_round import RoundClass
 
 
 def gated(cluster: Cluster, schedule: Callable) -> Callable:
@@ -45,6 +49,7 @@ def gated(cluster: Cluster, schedule: Callable) -> Callable:
             f"gated(cluster, schedule): the schedule must be callable, got {schedule!r}"
         )
 
+    @in_mesh_of_state
     def step(
         state: State, batch: PyTree, weight: jax.Array | None = None
     ) -> tuple[State, PyTree]:
@@ -79,6 +84,7 @@ def fused(cluster: Cluster) -> Callable:
       (Array([2., 2.], dtype=float32), (2, 2))
     """
 
+    @in_mesh_of_state
     def one_round(
         state: State, batches: PyTree, weight: jax.Array | None = None
     ) -> tuple[State, PyTree]:
@@ -86,3 +92,46 @@ def fused(cluster: Cluster) -> Callable:
         return cluster.sync(state, weight), metrics
 
     return one_round
+
+
+def sync_in_class(
+    cluster: Cluster,
+    round_class: RoundClass | None,
+    state: State,
+    weight: jax.Array | None = None,
+) -> State:
+    """Synchronises with the choices of the rule made for a class of rounds.
+
+    The result equals that of `cluster.sync`. Fragments, neighbours and snapshots that
+    the rule chooses by the round number are chosen while it is traced, so that their
+    collectives stand in no conditional.
+
+    Args:
+      cluster: from `simulate` or `on_mesh`.
+      round_class: class of the round `state.round + 1`; None for a traced number.
+      state: state of the cluster.
+      weight: `(K,)`, or None for equal weights.
+
+    Returns:
+      The synchronised state.
+
+    Raises:
+      PeriodTooShort: if the rule depends on more than the residue.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> import localsgd_jax as lsgd
+      >>> rule = lsgd.when(lsgd.every(2), lsgd.average())
+      >>> algorithm = lsgd.local_sgd(lambda w, b: (w - b) ** 2, optax.sgd(0.5), rule)
+      >>> cluster = lsgd.simulate(algorithm, workers=2)
+      >>> state, _ = cluster.step(cluster.init(jnp.zeros(())), jnp.array([1.0, 3.0]))
+      >>> odd_round = RoundClass(period=2, residue=1)
+      >>> sync_in_class(cluster, odd_round, state).workers.params     # not due
+      Array([1., 3.], dtype=float32)
+    """
+    if round_class is None:
+        return cluster.sync(state, weight)
+    # `sync` adds 1 to the number, which keeps the class of the sum.
+    previous: Any = round_class.number(state.round + 1) - 1
+    state = cluster.sync(state._replace(round=previous), weight)
+    return state._replace(round=jnp.asarray(state.round))

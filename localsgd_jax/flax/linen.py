@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from localsgd_jax.core.algorithm import from_train_step
 from localsgd_jax.core.types import Algorithm, PyTree
@@ -72,7 +73,40 @@ def from_linen(
                 f"{jax.tree_util.keystr(path)}, which would be equal on all workers; "
                 "create it with jax.random.key or jax.random.wrap_key_data"
             )
-    return from_train_step(train_step, rules), train_state
+    algorithm = from_train_step(train_step, rules)
+    specs = _partition_specs(train_state)
+    return algorithm._replace(partition_specs=specs), train_state
+
+
+def _partition_specs(train_state: PyTree) -> Callable | None:
+    """Returns the function for the metadata of all leaves; None without boxes."""
+    boxes = jax.tree.leaves(train_state, is_leaf=_is_box)
+    if not any(map(_is_box, boxes)):
+        return None
+    from flax.core.spmd import get_logical_axis_rules
+    from flax.linen import spmd
+
+    rules_here = get_logical_axis_rules()
+
+    def spec(node: Any) -> PartitionSpec | None:
+        if not _is_box(node):
+            return None
+        names = node.get_partition_spec()
+        if not isinstance(node, spmd.LogicallyPartitioned):
+            return names
+        rules = [*(node.rules or ()), *(rules_here or get_logical_axis_rules())]
+        return spmd.logical_to_mesh_axes(names, rules) if rules else names
+
+    def partition_specs(state: PyTree) -> list:
+        nodes = jax.tree.leaves(state, is_leaf=_is_box)
+        return [spec(node) for node in nodes for _ in jax.tree.leaves(node)]
+
+    return partition_specs
+
+
+def _is_box(x: object) -> bool:
+    """Returns whether a pytree node has partitioning metadata."""
+    return hasattr(x, "get_partition_spec")
 
 
 def _is_raw_key(leaf: Any) -> bool:

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import jax
+
 from localsgd_jax.core.algorithm import from_train_step
 from localsgd_jax.core.types import Algorithm, PyTree
 from localsgd_jax.flax.default_rules import Rules, add_default_rules
@@ -81,7 +83,9 @@ def from_nnx(
         metrics = train_step(merged, merged_optimizer, batch)
         return _split(nnx, merged, merged_optimizer)[1], metrics
 
-    return from_train_step(pure_step, add_default_rules(start, rule)), start
+    algorithm = from_train_step(pure_step, add_default_rules(start, rule))
+    specs = _partition_specs(nnx, model, optimizer)
+    return algorithm._replace(partition_specs=specs), start
 
 
 def update_nnx(state: NnxTrainState, model: Any, optimizer: Any = None) -> None:
@@ -115,9 +119,27 @@ def update_nnx(state: NnxTrainState, model: Any, optimizer: Any = None) -> None:
 
 def _split(nnx: ModuleType, model: Any, optimizer: Any) -> tuple[Any, NnxTrainState]:
     """Splits model and optimizer into the model graph and all variables."""
+    graph, variables = _variables(nnx, model, optimizer)
+    return graph, NnxTrainState(*map(nnx.to_pure_dict, variables))
+
+
+def _variables(nnx: ModuleType, model: Any, optimizer: Any) -> tuple[Any, list]:
+    """Returns the model graph and the variables of each field of the train state."""
     graph, *variables = nnx.split(model, optimizer.wrt, nnx.BatchStat, ...)
     variables.insert(2, nnx.state(optimizer))
-    return graph, NnxTrainState(*map(nnx.to_pure_dict, variables))
+    return graph, variables
+
+
+def _partition_specs(nnx: ModuleType, model: Any, optimizer: Any) -> Callable:
+    """Returns the function for the metadata of all variables, by path."""
+    _, variables = _variables(nnx, model, optimizer)
+    specs = (nnx.to_pure_dict(nnx.get_partition_spec(state)) for state in variables)
+    of_path = dict(jax.tree.leaves_with_path(NnxTrainState(*specs)))
+
+    def partition_specs(state: NnxTrainState) -> list:
+        return [of_path.get(path) for path, _ in jax.tree.leaves_with_path(state)]
+
+    return partition_specs
 
 
 def _import_nnx(call: str) -> ModuleType:

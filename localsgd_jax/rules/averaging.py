@@ -48,7 +48,7 @@ def average(axis: collectives.Axis = None) -> SyncRule:
       arXiv:1805.09767
     """
 
-    def init(tree: PyTree) -> RuleState:
+    def init(tree: PyTree, specs: PyTree | None = None) -> RuleState:
         check_inexact("average()", tree)
         return RuleState()
 

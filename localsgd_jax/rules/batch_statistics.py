@@ -52,7 +52,7 @@ def merge_batch_stats(
       equation 2.1.
     """
 
-    def init(tree: PyTree) -> RuleState:
+    def init(tree: PyTree, specs: PyTree | None = None) -> RuleState:
         call = f"merge_batch_stats(mean={mean!r}, variance={variance!r})"
         check_inexact(call, tree)
         means = _paired_means(tree, mean, variance)

@@ -1,14 +1,24 @@
-"""Codecs that encode float vectors as bytes: short floats and packed integers."""
+"""Codecs that encode float vectors as short floats or packed integers.
+
+An array whose last axis is shorter than 128 is padded to 128 on TPUs. Long rows are
+therefore encoded as `(..., r, 128)`, and codes are packed from contiguous parts of a
+row instead of neighbours.
+"""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from localsgd_jax.core.types import PyTree
+
 BITS = (8, 4, 2, 1)
-_SCALE_BYTES = 4  # bytes of a float32 scale
+_LANES = 128  # Length of the last axis of a TPU tile.
+_TILE = 8 * _LANES  # Numbers in a TPU tile of float32.
+_MAX_PADDING = 1 / 64  # Part of a row that may be padding to whole tiles.
 
 
 class Codec(NamedTuple):
@@ -16,14 +26,48 @@ class Codec(NamedTuple):
 
     Attributes:
       encode: `encode(x, key)`, from float32 `(..., m)`, m a multiple of `block_size`,
-        to bytes `(..., p)`, uint8. The key is for stochastic rounding.
-      decode: from bytes `(..., p)` to float32 `(..., m)`.
+        to a pytree of arrays with the same leading axes, to be sent. The key is for
+        stochastic rounding.
+      decode: from this pytree to float32 `(..., m)`.
       block_size: numbers that are encoded together.
     """
 
-    encode: Callable[[jax.Array, jax.Array], jax.Array]
-    decode: Callable[[jax.Array], jax.Array]
+    encode: Callable[[jax.Array, jax.Array], PyTree]
+    decode: Callable[[PyTree], jax.Array]
     block_size: int
+
+
+class QuantizedBlocks(NamedTuple):
+    """Encoded vectors of an integer codec.
+
+    Attributes:
+      codes: packed integers, uint8, as from `pack`.
+      scales: one per block, float32, `(..., m/block)`.
+    """
+
+    codes: jax.Array
+    scales: jax.Array
+
+
+def row_multiple(block_size: int, length: int) -> int:
+    """Returns the number of which the length of a row should be a multiple.
+
+    Rows of whole tiles are encoded without a change of layout. The padding to whole
+    tiles is omitted where it could exceed 1/64 of a row.
+
+    Args:
+      block_size: numbers that are encoded together.
+      length: approximate length of a row.
+
+    Returns:
+      The block size, or a multiple of it.
+
+    Example:
+      >>> row_multiple(256, 1000), row_multiple(256, 1_000_000)
+      (256, 1024)
+    """
+    whole_tiles = math.lcm(block_size, _TILE)
+    return whole_tiles if whole_tiles <= _MAX_PADDING * length else block_size
 
 
 def float_codec(dtype: jax.typing.DTypeLike) -> Codec:
@@ -33,19 +77,23 @@ def float_codec(dtype: jax.typing.DTypeLike) -> Codec:
       dtype: a floating point type of one or two bytes.
 
     Returns:
-      A codec.
+      A codec. It encodes to unsigned integers, because some backends widen short floats
+      in a collective.
     """
     dtype = jnp.dtype(dtype)
     largest = float(jnp.finfo(dtype).max)
+    carrier = jnp.uint8 if dtype.itemsize == 1 else jnp.uint16
 
     def encode(x: jax.Array, key: jax.Array) -> jax.Array:
         del key
-        short = jnp.clip(x, -largest, largest).astype(dtype)
-        # Sent as bytes, because some backends widen short floats in a collective.
-        return _to_bytes(short)
+        width = _LANES if x.shape[-1] % _LANES == 0 else x.shape[-1]
+        rows = x.reshape(*x.shape[:-1], -1, width)
+        short = jnp.clip(rows, -largest, largest).astype(dtype)
+        return jax.lax.bitcast_convert_type(short, carrier)
 
     def decode(payload: jax.Array) -> jax.Array:
-        return _from_bytes(payload, dtype).astype(jnp.float32)
+        short = jax.lax.bitcast_convert_type(payload, dtype)
+        return _join_last_axes(short.astype(jnp.float32))
 
     return Codec(encode, decode, 1)
 
@@ -59,58 +107,65 @@ def integer_codec(bits: int, block: int, stochastic: bool) -> Codec:
 
     Args:
       bits: b, one of 8, 4, 2, 1.
-      block: numbers that share a scale, a multiple of 8.
+      block: numbers that share a scale, a multiple of 8. A multiple of 128 takes the
+        least memory on TPUs.
       stochastic: whether to use stochastic rounding, which is unbiased, instead of
         rounding to the nearest integer.
 
     Returns:
-      A codec of b + 32/block bits per number.
+      A codec of b + 32/block bits per number, which encodes to `QuantizedBlocks`.
     """
     largest = max(2 ** (bits - 1) - 1, 1)
+    width = _LANES if block % _LANES == 0 else block
 
-    def encode(x: jax.Array, key: jax.Array) -> jax.Array:
-        blocks = x.reshape(*x.shape[:-1], -1, block)
-        magnitude = jnp.abs(blocks)
+    def encode(x: jax.Array, key: jax.Array) -> QuantizedBlocks:
+        # Without barriers XLA:TPU copies every operand to the layouts of the leaves.
+        rows = jax.lax.optimization_barrier(x.reshape(*x.shape[:-1], -1, width))
         if bits == 1:
-            scale = magnitude.mean(axis=-1, keepdims=True)
-            codes = blocks >= 0
+            scale = _over_blocks(jnp.mean, jnp.abs(rows), block)
+            codes = rows >= 0
         else:
-            scale = magnitude.max(axis=-1, keepdims=True)
-            level = blocks * (largest / jnp.where(scale > 0, scale, 1))
+            # XLA:CPU vectorises max and min, but not the max of absolute values.
+            maximum = _over_blocks(jnp.max, rows, block)
+            scale = jnp.maximum(maximum, -_over_blocks(jnp.min, rows, block))
+            inverse = largest / jnp.where(scale > 0, scale, 1)
+            level = rows * _expand(inverse, rows)
             shift = jax.random.uniform(key, level.shape) if stochastic else 0.5
             codes = jnp.clip(jnp.floor(level + shift), -largest, largest) + largest
-        packed = pack(codes.astype(jnp.uint8), bits)
-        scale_bytes = _to_bytes(scale.astype(jnp.float32))
-        encoded = jnp.concatenate([packed, scale_bytes], axis=-1)
-        return encoded.reshape(*x.shape[:-1], -1)
+        packed = pack(codes.astype(jnp.uint8).reshape(x.shape), bits)
+        return QuantizedBlocks(packed, scale.astype(jnp.float32))
 
-    def decode(payload: jax.Array) -> jax.Array:
-        block_bytes = block * bits // 8 + _SCALE_BYTES
-        blocks = payload.reshape(*payload.shape[:-1], -1, block_bytes)
-        codes = unpack(blocks[..., :-_SCALE_BYTES], bits).astype(jnp.float32)
-        scale = _from_bytes(blocks[..., -_SCALE_BYTES:], jnp.dtype(jnp.float32))
-        level = 2 * codes - 1 if bits == 1 else (codes - largest) / largest
-        return (level * scale).reshape(*payload.shape[:-1], -1)
+    def decode(payload: QuantizedBlocks) -> jax.Array:
+        codes = unpack(payload.codes, bits)
+        rows = codes.reshape(*codes.shape[:-1], -1, width).astype(jnp.float32)
+        level = 2 * rows - 1 if bits == 1 else (rows - largest) / largest
+        decoded = level * _expand(payload.scales, rows)
+        return _join_last_axes(jax.lax.optimization_barrier(decoded))
 
     return Codec(encode, decode, block)
 
 
 def pack(codes: jax.Array, bits: int) -> jax.Array:
-    """Packs 8/b codes of b bits into each byte, the first in the lowest bits.
+    """Packs codes of b bits, one from each of the 8/b equal parts of a row, into bytes.
+
+    Byte j holds the codes j, j + p, j + 2 p, …, the first in the lowest bits, with
+    p = m b/8.
 
     Args:
       codes: `(..., m)`, uint8, m a multiple of 8/b.
       bits: b.
 
     Returns:
-      `(..., m b/8)`, uint8.
+      `(..., p/128, 128)`, uint8; `(..., 1, p)` if 128 does not divide p.
 
     Example:
       >>> pack(jnp.array([1, 0, 3, 0], jnp.uint8), 2)
-      Array([49], dtype=uint8)
+      Array([[49]], dtype=uint8)
     """
-    codes = codes.reshape(*codes.shape[:-1], -1, 8 // bits)
-    shifted = [codes[..., i] << jnp.uint8(bits * i) for i in range(8 // bits)]
+    parts, size = 8 // bits, codes.shape[-1] * bits // 8
+    width = _LANES if size % _LANES == 0 else size
+    codes = codes.reshape(*codes.shape[:-1], parts, -1, width)
+    shifted = [codes[..., i, :, :] << jnp.uint8(bits * i) for i in range(parts)]
     return functools.reduce(jnp.bitwise_or, shifted)
 
 
@@ -118,29 +173,34 @@ def unpack(packed: jax.Array, bits: int) -> jax.Array:
     """Unpacks the codes of `pack`.
 
     Args:
-      packed: `(..., p)`, uint8, from `pack`.
+      packed: uint8, from `pack`.
       bits: b.
 
     Returns:
-      `(..., 8 p/b)`, uint8.
+      `(..., m)`, uint8.
 
     Example:
-      >>> unpack(jnp.array([49], jnp.uint8), 2)
+      >>> unpack(jnp.array([[49]], jnp.uint8), 2)
       Array([1, 0, 3, 0], dtype=uint8)
     """
     mask = jnp.uint8(2**bits - 1)
-    codes = [(packed >> jnp.uint8(bits * i)) & mask for i in range(8 // bits)]
-    return jnp.stack(codes, axis=-1).reshape(*packed.shape[:-1], -1)
+    parts = [(packed >> jnp.uint8(bits * i)) & mask for i in range(8 // bits)]
+    return _join_last_axes(jnp.concatenate(parts, axis=-2))
 
 
-def _to_bytes(x: jax.Array) -> jax.Array:
-    """Reinterprets numbers as bytes, concatenated along the last axis."""
-    return jax.lax.bitcast_convert_type(x, jnp.uint8).reshape(*x.shape[:-1], -1)
+def _over_blocks(reduce: Callable, rows: jax.Array, block: int) -> jax.Array:
+    """Reduces blocks that consist of whole rows, `(..., r, w)` to `(..., m/block)`."""
+    per_row = reduce(rows, axis=-1)
+    grouped = per_row.reshape(*per_row.shape[:-1], -1, block // rows.shape[-1])
+    return reduce(grouped, axis=-1)
 
 
-def _from_bytes(payload: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Reinterprets bytes as numbers of a type."""
-    if dtype.itemsize == 1:
-        return jax.lax.bitcast_convert_type(payload, dtype)
-    grouped = payload.reshape(*payload.shape[:-1], -1, dtype.itemsize)
-    return jax.lax.bitcast_convert_type(grouped, dtype)
+def _expand(scales: jax.Array, rows: jax.Array) -> jax.Array:
+    """Repeats one number per block for each row of the block, `(..., r, 1)`."""
+    rows_per_block = rows.shape[-2] // scales.shape[-1]
+    return jnp.repeat(scales, rows_per_block, axis=-1)[..., None]
+
+
+def _join_last_axes(rows: jax.Array) -> jax.Array:
+    """Reshapes `(..., r, w)` to `(..., r w)`."""
+    return rows.reshape(*rows.shape[:-2], -1)

@@ -22,7 +22,7 @@ def identity() -> SyncRule:
       >>> rules = {"params": lsgd.average(), "opt_state": lsgd.identity()}
     """
 
-    def init(tree: PyTree) -> RuleState:
+    def init(tree: PyTree, specs: PyTree | None = None) -> RuleState:
         del tree
         return RuleState()
 
@@ -61,8 +61,8 @@ def chain(*rules: SyncRule) -> SyncRule:
     for rule in rules:
         check_rule("chain(*rules)", rule)
 
-    def init(tree: PyTree) -> RuleState:
-        states = [rule.init(tree) for rule in rules]
+    def init(tree: PyTree, specs: PyTree | None = None) -> RuleState:
+        states = [rule.init(tree, specs) for rule in rules]
         return RuleState(*map(tuple, zip(*states, strict=True)))
 
     def apply(

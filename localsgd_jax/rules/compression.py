@@ -9,8 +9,9 @@ import numpy as np
 
 from localsgd_jax.core import collectives
 from localsgd_jax.core.call_names import call_name
+from localsgd_jax.core.pieces import Piece
 from localsgd_jax.core.pytrees import join_rows, split_rows
-from localsgd_jax.core.types import PyTree, SyncContext, SyncRule
+from localsgd_jax.core.types import SyncRule
 from localsgd_jax.core.validation import check, check_int
 from localsgd_jax.rules.codecs import (
     BITS,
@@ -18,10 +19,10 @@ from localsgd_jax.rules.codecs import (
     float_codec,
     integer_codec,
     pack,
+    row_multiple,
     unpack,
 )
 from localsgd_jax.rules.error_feedback import (
-    ErrorFeedback,
     MeanAxes,
     check_mean,
     compressed_mean,
@@ -54,7 +55,7 @@ def quantize(
     The compression errors eₖ and fⱼ are local state and are sent in later rounds, so no
     part of a mean is lost. Quantise differences, not parameters:
     `outer(optimizer, quantize(average(), 4))`. A worker of weight 0 keeps its eₖ.
-    Flattening gathers leaves that are sharded within a worker.
+    If a worker is sharded over several devices, each device compresses its own piece.
 
     Args:
       rule: a plain mean, `average()` or `average(axis)`.
@@ -139,7 +140,10 @@ def top_k(rule: SyncRule, fraction: float) -> SyncRule:
         xₖ ← Σⱼ wⱼ top(vⱼ) / Σⱼ wⱼ
 
     It sends an all-gather of n values and n indices, 8 n (K − 1) bytes. This grows with
-    K and is less than a plain mean sends only while fraction < 1/K.
+    K and is less than a plain mean sends only while fraction < 1/K. If a worker is
+    sharded over several devices, each device sends the largest numbers of its own
+    piece, N and n are those of the piece, and other numbers may be sent than for the
+    complete tree.
 
     Args:
       rule: a plain mean, `average()` or `average(axis)`.
@@ -165,10 +169,8 @@ def top_k(rule: SyncRule, fraction: float) -> SyncRule:
     check(valid, "top_k(fraction)", "fraction must be in (0, 1]", fraction)
     axes = check_mean("top_k", rule)
 
-    def exchange(
-        vector: jax.Array, tree: PyTree, server_error: None, context: SyncContext
-    ) -> tuple[jax.Array, ErrorFeedback]:
-        del tree, server_error
+    def exchange(piece: Piece, vector: jax.Array) -> tuple[jax.Array, jax.Array]:
+        context = piece.context
         count = math.ceil(fraction * vector.size)
         _, positions = jax.lax.top_k(jnp.abs(vector), count)
         values, indices = collectives.all_gather(
@@ -177,7 +179,7 @@ def top_k(rule: SyncRule, fraction: float) -> SyncRule:
         weights = collectives.gathered_weights(context, axes)[:, None]
         weighted = weighted_or_zero(weights, values)
         total = jnp.zeros_like(vector).at[indices].add(weighted)
-        return total / safe_total(weights), ErrorFeedback(vector.at[positions].set(0))
+        return total / safe_total(weights), vector.at[positions].set(0)
 
     name = call_name("top_k", rule, fraction=fraction)
     return compressed_mean("top_k", axes, exchange, name=name)
@@ -217,19 +219,19 @@ def scaled_sign(rule: SyncRule) -> SyncRule:
     """
     axes = check_mean("scaled_sign", rule)
 
-    def exchange(
-        vector: jax.Array, tree: PyTree, server_error: None, context: SyncContext
-    ) -> tuple[jax.Array, ErrorFeedback]:
-        del server_error
-        counts = [leaf.size for leaf in jax.tree.leaves(tree)]
+    def exchange(piece: Piece, vector: jax.Array) -> tuple[jax.Array, jax.Array]:
+        context, counts = piece.context, piece.sizes
         ends = np.cumsum(counts)[:-1]
-        scales = jnp.stack([jnp.abs(x).mean() for x in jnp.split(vector, ends)])
+        sums = jnp.stack([jnp.abs(x).sum() for x in jnp.split(vector, ends)])
+        totals = np.maximum(counts, 1) * piece.count
+        scales = piece.sum(sums) / totals.astype(vector.dtype)
 
         def expand_per_leaf(scales: jax.Array) -> jax.Array:
             pairs = zip(scales, counts, strict=True)
             return jnp.concatenate([jnp.broadcast_to(s, n) for s, n in pairs])
 
-        is_positive = jnp.pad(vector >= 0, (0, -vector.size % 8)).astype(jnp.uint8)
+        padding = -vector.size % row_multiple(8, vector.size)
+        is_positive = jnp.pad(vector >= 0, (0, padding)).astype(jnp.uint8)
         packed, gathered_scales = collectives.all_gather(
             (pack(is_positive, 1), scales), context, axes
         )
@@ -244,7 +246,7 @@ def scaled_sign(rule: SyncRule) -> SyncRule:
         # A scan over workers decodes one vector at a time, not K at once.
         mean, _ = jax.lax.scan(add_worker, jnp.zeros_like(vector), (packed, weighted))
         sent = jnp.where(vector >= 0, 1, -1) * expand_per_leaf(scales)
-        return mean, ErrorFeedback(vector - sent)
+        return mean, vector - sent
 
     name = call_name("scaled_sign", rule)
     return compressed_mean("scaled_sign", axes, exchange, name=name)
@@ -263,27 +265,30 @@ def _encoded_exchange(codec: Codec, seed: int, axes: MeanAxes) -> Callable:
     """Makes the exchange of `_encoded_mean`: encoded all-to-all and all-gather."""
 
     def exchange(
-        vector: jax.Array, tree: PyTree, server_error: jax.Array, context: SyncContext
-    ) -> tuple[jax.Array, ErrorFeedback]:
-        del tree
+        piece: Piece, vector: jax.Array, server_error: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        context = piece.context
         count, index = collectives.size(context, axes), collectives.index(context, axes)
         round_key = jax.random.fold_in(jax.random.key(seed), context.round)
         keys = jax.random.split(jax.random.fold_in(round_key, index))
+        if piece.axes:
+            keys = jax.vmap(jax.random.fold_in, (0, None))(keys, piece.index)
 
-        encoded = codec.encode(split_rows(vector, count, codec.block_size), keys[0])
+        multiple = row_multiple(codec.block_size, vector.size // count)
+        encoded = codec.encode(split_rows(vector, count, multiple), keys[0])
         worker_error = vector - join_rows(codec.decode(encoded), vector.size)
         received = codec.decode(collectives.all_to_all(encoded, context, axes))
         weights = collectives.gathered_weights(context, axes)[:, None]
         chunk = jnp.sum(weighted_or_zero(weights, received), axis=0)
         chunk = chunk / safe_total(weights)
 
-        errors = split_rows(server_error, count, codec.block_size)
+        errors = split_rows(server_error, count, multiple)
         chunk = chunk + errors[index]
         encoded_chunk = codec.encode(chunk, keys[1])
         errors = jnp.zeros_like(errors)
         errors = errors.at[index].set(chunk - codec.decode(encoded_chunk))
         chunks = codec.decode(collectives.all_gather(encoded_chunk, context, axes))
         mean = join_rows(chunks, vector.size)
-        return mean, ErrorFeedback(worker_error, join_rows(errors, vector.size))
+        return mean, worker_error, join_rows(errors, vector.size)
 
     return exchange

@@ -58,7 +58,7 @@ def gossip(topology: str = "ring") -> SyncRule:
     text = f"topology must be one of {TOPOLOGIES}"
     check(is_valid, "gossip(topology)", text, repr(topology))
 
-    def init(tree: PyTree) -> RuleState:
+    def init(tree: PyTree, specs: PyTree | None = None) -> RuleState:
         check_inexact("gossip()", tree)
         return RuleState()
 

@@ -22,14 +22,16 @@ def overlap(rule: SyncRule) -> SyncRule:
 
     The snapshot exists before the local steps of the round, so a program may send it
     while it computes them. Whether it does is decided by the compiler. Programs
-    compiled for 8 × H100 and for a TPU v5e 2×4 (JAX 0.12, `localsgd audit --target`)
-    show:
+    compiled for two slices of TPU v5e, for 8 × H100 and for a TPU v5e 2×4 (JAX 0.12),
+    which were read and not run, show:
 
+    - Several TPU slices: the transfers between slices start before the loop of local
+      steps and end after it, also in the programs of `train`, without flags.
     - GPUs: with `flatten(rule)` one all-reduce starts before the local steps of the
       next round and ends after them, if the program holds both rounds in sequence. In a
       program of one round, or a scan of rounds, almost nothing overlaps.
-    - TPUs: an all-reduce blocks. With `shard_state(rule, workers)` the all-gather
-      overlaps with the local steps; the reduce-scatter does not.
+    - One TPU slice: an all-reduce blocks. With `shard_state(rule, workers)` the
+      all-gather overlaps with the local steps; the reduce-scatter does not.
     - CPUs: nothing overlaps with a collective within one program.
 
     The mean over workers changes as with `rule` after every step, one round later: with
@@ -88,9 +90,9 @@ def delay(rule: SyncRule) -> SyncRule:
     its own rounds, 1, 2, …, one for two rounds of the schedule.
 
     The snapshot exists before the τ local steps. In a `gated` step it is sent in a
-    branch, and the compilers for GPUs and TPUs wait for the branch. A separate program
-    for the τ steps and the round after them leaves the compiler the choice that
-    `overlap` has.
+    branch, and the compilers for GPUs and TPUs wait for the branch. `train` compiles a
+    program for the τ steps and the synchronisation after them, without a branch, in
+    which transfers between TPU slices overlap with the steps as those of `overlap`.
 
     Args:
       rule: the rule that synchronises the snapshots.
@@ -141,8 +143,8 @@ def delay(rule: SyncRule) -> SyncRule:
 def _init_with_snapshot(rule: SyncRule) -> Callable[[PyTree], RuleState]:
     """Makes the `init` of a rule with a snapshot in its local state."""
 
-    def init(tree: PyTree) -> RuleState:
-        inner = rule.init(tree)
+    def init(tree: PyTree, specs: PyTree | None = None) -> RuleState:
+        inner = rule.init(tree, specs)
         return RuleState(inner.shared, (tree, inner.local))
 
     return init

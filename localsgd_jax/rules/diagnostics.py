@@ -5,11 +5,13 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import optax
 from optax.tree_utils import tree_get_all_with_path
 
 from localsgd_jax.core import collectives
 from localsgd_jax.core.call_names import call_name
-from localsgd_jax.core.pytrees import promote, ravel, split_rows, where
+from localsgd_jax.core.pieces import Piece, sum_over_vectors
+from localsgd_jax.core.pytrees import promote, split_rows, where
 from localsgd_jax.core.types import (
     PyTree,
     RuleMetrics,
@@ -59,9 +61,9 @@ def with_diagnostics(rule: SyncRule) -> SyncRule:
     """
     check_rule("with_diagnostics(rule)", rule)
 
-    def init(tree: PyTree) -> RuleState:
+    def init(tree: PyTree, specs: PyTree | None = None) -> RuleState:
         check_inexact("with_diagnostics()", tree)
-        inner = rule.init(tree)
+        inner = rule.init(tree, specs)
         names = ["consensus_distance", "delta_norm", "cosine", "effective_workers"]
         names += [f"delta_norm.{key}" for key in _leaves_by_top_level_key(tree)]
         names += ["momentum_cosine"] if _find_momentum(inner.shared) is not None else []
@@ -94,8 +96,9 @@ def _compute_diagnostics(
     delta = where(active, delta, jax.tree.map(jnp.zeros_like, delta))
     weights = collectives.gathered_weights(context)
     normalized = weights / weights.sum()
+    specs = _leaves_by_top_level_key(context.specs)
     grams = {
-        key: _gram_matrix(leaves, context)
+        key: _gram_matrix(leaves, context._replace(specs=specs.get(key)))
         for key, leaves in _leaves_by_top_level_key(delta).items()
     }
     gram = functools.reduce(jnp.add, grams.values())
@@ -112,10 +115,9 @@ def _compute_diagnostics(
     for key, matrix in grams.items():
         scalars[f"delta_norm.{key}"] = _safe_sqrt(normalized @ matrix @ normalized)
     if momentum is not None:
-        products = collectives.all_gather(
-            jnp.vdot(ravel(delta), ravel(momentum)), context
-        )
-        norms = jnp.linalg.norm(ravel(momentum)) * scalars["delta_norm"]
+        product = _inner_product(delta, promote(momentum))
+        products = collectives.all_gather(product, context)
+        norms = optax.tree.norm(promote(momentum)) * scalars["delta_norm"]
         scalars["momentum_cosine"] = (
             normalized @ products / jnp.where(norms > 0, norms, 1)
         )
@@ -124,9 +126,19 @@ def _compute_diagnostics(
 
 def _gram_matrix(tree: PyTree, context: SyncContext) -> jax.Array:
     """Returns ⟨Δⱼ, Δₖ⟩ for all pairs of workers, (K, K), summed over chunks."""
-    rows = split_rows(ravel(tree), collectives.size(context))
-    chunks = collectives.all_to_all(rows, context)
-    return collectives.psum(chunks @ chunks.T, context)
+
+    def gram(piece: Piece, vector: jax.Array) -> jax.Array:
+        rows = split_rows(vector, collectives.size(piece.context))
+        chunks = collectives.all_to_all(rows, piece.context)
+        return collectives.psum(chunks @ chunks.T, piece.context)
+
+    return sum_over_vectors(gram, context, tree)
+
+
+def _inner_product(a: PyTree, b: PyTree) -> jax.Array:
+    """Returns ⟨a, b⟩; unlike `optax.tree.vdot` without flattening sharded leaves."""
+    products = jax.tree.map(lambda x, y: jnp.sum(jnp.conj(x) * y), a, b)
+    return sum(jax.tree.leaves(products))
 
 
 def _mean_cosine(gram: jax.Array, active: jax.Array) -> jax.Array:

@@ -45,7 +45,7 @@ def elastic_average(alpha: float = 0.1, beta: float = 0.9) -> SyncRule:
     check_unit_interval("elastic_average(alpha)", "alpha", alpha)
     check_unit_interval("elastic_average(beta)", "beta", beta)
 
-    def init(tree: PyTree) -> RuleState:
+    def init(tree: PyTree, specs: PyTree | None = None) -> RuleState:
         check_inexact("elastic_average()", tree)
         return RuleState(shared=promote(tree))
 

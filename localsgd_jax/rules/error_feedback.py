@@ -5,9 +5,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from optax.tree_utils import tree_cast_like
 
 from localsgd_jax.core import collectives
-from localsgd_jax.core.pytrees import ravel, unravel, where
+from localsgd_jax.core.pieces import map_vectors
+from localsgd_jax.core.pytrees import promote, where
 from localsgd_jax.core.types import PyTree, RuleState, SyncContext, SyncRule
 from localsgd_jax.core.validation import check_rule
 from localsgd_jax.rules.averaging import check_inexact
@@ -19,13 +21,14 @@ class ErrorFeedback(NamedTuple):
     """Compression errors of one worker, the local state of a compressed mean.
 
     Attributes:
-      worker_error: error of the messages that this worker sent, `(N,)`.
+      worker_error: error of the messages that this worker sent; shapes of the tree,
+        float32 at least.
       server_error: error of the chunk of the mean that this worker sent, zero outside
-        its chunk, `(N,)`; None for rules that do not compress the mean.
+        its chunk, in the same form; None for rules that do not compress the mean.
     """
 
-    worker_error: jax.Array
-    server_error: jax.Array | None = None
+    worker_error: PyTree
+    server_error: PyTree | None = None
 
 
 def compressed_mean(
@@ -47,9 +50,11 @@ def compressed_mean(
     Args:
       call: the public function, such as "top_k", for messages.
       axes: worker axes of the mean; None for all of them.
-      exchange: `exchange(vector, tree, server_error, context) -> (mean, errors)`. The
-        vector is the flattened tree plus the worker error, `(N,)`; the mean has the
-        same shape; `errors` is the `ErrorFeedback` of this round.
+      exchange: `exchange(piece, vector, server_error=None) -> vectors`; the vectors are
+        the mean, the new worker error and, with a server error, the new server error.
+        The argument is the concatenated tree plus the worker error, `(N,)`. If the
+        worker is sharded, it is called once for each group of leaves, on each device
+        with its piece; see `core.pieces.map_vectors`.
       name: name of the rule.
       has_server_error: whether the state has a server error.
 
@@ -57,9 +62,9 @@ def compressed_mean(
       A rule with an `ErrorFeedback` for each worker.
     """
 
-    def init(tree: PyTree) -> RuleState:
+    def init(tree: PyTree, specs: PyTree | None = None) -> RuleState:
         check_inexact(f"{call}()", tree)
-        zeros = jnp.zeros_like(ravel(tree))
+        zeros = jax.tree.map(jnp.zeros_like, promote(tree))
         server_error = zeros if has_server_error else None
         return RuleState(local=ErrorFeedback(zeros, server_error))
 
@@ -69,13 +74,16 @@ def compressed_mean(
         any_active, _ = collectives.any_participants(context)
         active = collectives.is_active(context, axes)
         old = collectives.assume_replicated_within(state.local, context, axes)
-        zeros = jnp.zeros_like(old.worker_error)
-        vector = where(active, ravel(tree) + old.worker_error, zeros)
-        mean, new = exchange(vector, tree, old.server_error, context)
+        zeros = jax.tree.map(jnp.zeros_like, old.worker_error)
+        message = jax.tree.map(jnp.add, promote(tree), old.worker_error)
+        message = where(active, message, zeros)
+        server_error = (old.server_error,) if has_server_error else ()
+        mean, *errors = map_vectors(exchange, context, message, *server_error)
+        new = ErrorFeedback(*errors)
         worker_error = where(active, new.worker_error, old.worker_error)
         new_state = RuleState(local=new._replace(worker_error=worker_error))
         return (
-            where(any_active, unravel(mean, tree), tree),
+            where(any_active, tree_cast_like(mean, tree), tree),
             where(any_active, new_state, state),
         )
 

@@ -1,10 +1,7 @@
-"""Concatenation of leaves into one vector per dtype."""
-
-import jax
-import jax.numpy as jnp
+"""Concatenation of leaves into vectors."""
 
 from localsgd_jax.core.call_names import call_name
-from localsgd_jax.core.pytrees import unravel
+from localsgd_jax.core.pieces import concatenate, split, with_specs
 from localsgd_jax.core.types import PyTree, RuleState, SyncContext, SyncRule
 from localsgd_jax.core.validation import check_rule
 
@@ -14,8 +11,9 @@ def flatten(rule: SyncRule) -> SyncRule:
 
     Use it for trees of many small leaves, where the latency of one collective per leaf
     matters, and for `overlap` on GPUs, where the all-reduce of one buffer overlaps with
-    the local steps. Flattening copies the tree twice and gathers leaves that are
-    sharded within a worker: do not use it for large or sharded leaves.
+    the local steps. Flattening copies the tree twice: do not use it for large leaves.
+    If a worker is sharded over several devices, each device concatenates its pieces of
+    the leaves that are sharded over the same axes.
 
     Args:
       rule: any rule that treats all numbers alike.
@@ -32,35 +30,16 @@ def flatten(rule: SyncRule) -> SyncRule:
     """
     check_rule("flatten(rule)", rule)
 
-    def init(tree: PyTree) -> RuleState:
-        return rule.init(_concatenate_by_dtype(tree))
+    def init(tree: PyTree, specs: PyTree | None = None) -> RuleState:
+        vectors, vector_specs = concatenate(tree, SyncContext({}, 0, specs=specs))
+        return with_specs(rule.init(vectors, vector_specs), vectors, vector_specs)
 
     def apply(
         tree: PyTree, state: RuleState, context: SyncContext
     ) -> tuple[PyTree, RuleState]:
-        vectors, state = rule.apply(_concatenate_by_dtype(tree), state, context)
-        leaves, structure = jax.tree.flatten(tree)
-        for dtype, indices in _indices_by_dtype(tree).items():
-            new = unravel(vectors[dtype], [leaves[i] for i in indices])
-            for i, leaf in zip(indices, new, strict=True):
-                leaves[i] = leaf
-        return structure.unflatten(leaves), state
+        vectors, vector_specs = concatenate(tree, context)
+        vector_context = context._replace(specs=vector_specs)
+        vectors, state = rule.apply(vectors, state, vector_context)
+        return split(vectors, tree, context), state
 
     return SyncRule(init, apply, rule.mean_axes, call_name("flatten", rule))
-
-
-def _concatenate_by_dtype(tree: PyTree) -> dict[str, jax.Array]:
-    """Concatenates the leaves of each dtype into one vector."""
-    leaves = list(map(jnp.asarray, jax.tree.leaves(tree)))
-    return {
-        dtype: jnp.concatenate([leaves[i].reshape(-1) for i in indices])
-        for dtype, indices in _indices_by_dtype(tree).items()
-    }
-
-
-def _indices_by_dtype(tree: PyTree) -> dict[str, list[int]]:
-    """Groups the indices of the leaves by dtype."""
-    groups = {}
-    for i, leaf in enumerate(jax.tree.leaves(tree)):
-        groups.setdefault(jnp.result_type(leaf).name, []).append(i)
-    return groups

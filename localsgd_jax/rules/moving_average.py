@@ -64,9 +64,9 @@ def ema(rule: SyncRule, decay: float = 0.99) -> SyncRule:
     check_rule("ema(rule)", rule)
     check(0 <= decay < 1, "ema(decay)", "decay must be in [0, 1)", decay)
 
-    def init(tree: PyTree) -> RuleState:
+    def init(tree: PyTree, specs: PyTree | None = None) -> RuleState:
         check_inexact("ema()", tree)
-        inner = rule.init(tree)
+        inner = rule.init(tree, specs)
         return RuleState(EmaState(promote(tree), inner.shared), inner.local)
 
     def apply(

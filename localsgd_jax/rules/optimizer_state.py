@@ -40,13 +40,14 @@ def floating_only(rule: SyncRule) -> SyncRule:
     """
     check_rule("floating_only(rule)", rule)
 
-    def init(tree: PyTree) -> RuleState:
-        return rule.init(_inexact_leaves(tree))
+    def init(tree: PyTree, specs: PyTree | None = None) -> RuleState:
+        return rule.init(_inexact_leaves(tree), _select(specs, tree))
 
     def apply(
         tree: PyTree, state: RuleState, context: SyncContext
     ) -> tuple[PyTree, RuleState]:
-        synced, state = rule.apply(_inexact_leaves(tree), state, context)
+        inner_context = context._replace(specs=_select(context.specs, tree))
+        synced, state = rule.apply(_inexact_leaves(tree), state, inner_context)
         merged = jax.tree.map(
             lambda new, old: old if new is None else new,
             synced,
@@ -80,7 +81,7 @@ def reset_to_init() -> SyncRule:
       >>> rule = {"params": lsgd.average(), "opt_state": lsgd.reset_to_init()}
     """
 
-    def init(tree: PyTree) -> RuleState:
+    def init(tree: PyTree, specs: PyTree | None = None) -> RuleState:
         for path, leaf in jax.tree.leaves_with_path(tree):
             if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key):
                 raise TypeError(
@@ -107,4 +108,16 @@ def _inexact_leaves(tree: PyTree) -> PyTree:
     """Replaces leaves that are not floating point or complex by None."""
     return jax.tree.map(
         lambda x: x if jnp.issubdtype(jnp.result_type(x), jnp.inexact) else None, tree
+    )
+
+
+def _select(specs: PyTree | None, tree: PyTree) -> PyTree | None:
+    """Returns the specs of the leaves that `_inexact_leaves` keeps."""
+    if specs is None:
+        return None
+    return jax.tree.map(
+        lambda kept, spec: None if kept is None else spec,
+        _inexact_leaves(tree),
+        specs,
+        is_leaf=lambda x: x is None,
     )

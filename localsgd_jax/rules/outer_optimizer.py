@@ -83,10 +83,10 @@ def outer(
         reduce = average(reduce)
     check_rule("outer(reduce)", reduce)
 
-    def init(tree: PyTree) -> RuleState:
+    def init(tree: PyTree, specs: PyTree | None = None) -> RuleState:
         check_inexact("outer()", tree)
         anchor = promote(tree)
-        reduce_state = reduce.init(anchor)
+        reduce_state = reduce.init(anchor, specs)
         shared = OuterState(anchor, optimizer.init(anchor), reduce_state.shared)
         return RuleState(shared, reduce_state.local)
 

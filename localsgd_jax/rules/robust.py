@@ -9,14 +9,8 @@ import optax
 
 from localsgd_jax.core import collectives
 from localsgd_jax.core.call_names import call_name
-from localsgd_jax.core.pytrees import (
-    join_rows,
-    promote,
-    ravel,
-    split_rows,
-    unravel,
-    where,
-)
+from localsgd_jax.core.pieces import Piece, map_vectors
+from localsgd_jax.core.pytrees import join_rows, promote, split_rows, where
 from localsgd_jax.core.types import (
     PyTree,
     RuleMetrics,
@@ -168,9 +162,9 @@ def drop_outliers(
     check(0 <= decay < 1, f"{call}(decay)", "decay must be in [0, 1)", decay)
     check(warm_up >= 0, f"{call}(warm_up)", "warm_up must be at least 0", warm_up)
 
-    def init(tree: PyTree) -> RuleState:
+    def init(tree: PyTree, specs: PyTree | None = None) -> RuleState:
         check_inexact(f"{call}()", tree)
-        inner, zero, count = rule.init(tree), jnp.float32(0), jnp.int32(0)
+        inner, zero, count = rule.init(tree, specs), jnp.float32(0), jnp.int32(0)
         metrics = RuleMetrics({"dropped_workers": count})
         shared = OutlierState(tree, zero, zero, count, metrics, inner.shared)
         return RuleState(shared, inner.local)
@@ -247,21 +241,24 @@ def _coordinatewise(call: str, combine: Callable, name: str) -> SyncRule:
       A rule without state.
     """
 
-    def init(tree: PyTree) -> RuleState:
+    def init(tree: PyTree, specs: PyTree | None = None) -> RuleState:
         check_inexact(call, tree)
         return RuleState()
 
-    def apply(
-        tree: PyTree, state: RuleState, context: SyncContext
-    ) -> tuple[PyTree, RuleState]:
-        any_active, _ = collectives.any_participants(context)
-        vector = ravel(tree)
+    def exchange(piece: Piece, vector: jax.Array) -> tuple[jax.Array]:
+        context = piece.context
         rows = split_rows(vector, collectives.size(context))
         values = collectives.all_to_all(rows, context)
         active = collectives.gathered_weights(context) > 0
         values = jnp.sort(jnp.where(active[:, None], values, jnp.inf), axis=0)
         chunk = combine(values, jnp.maximum(jnp.sum(active), 1))
-        combined = join_rows(collectives.all_gather(chunk, context), vector.size)
-        return where(any_active, unravel(combined, tree), tree), state
+        return (join_rows(collectives.all_gather(chunk, context), vector.size),)
+
+    def apply(
+        tree: PyTree, state: RuleState, context: SyncContext
+    ) -> tuple[PyTree, RuleState]:
+        any_active, _ = collectives.any_participants(context)
+        (combined,) = map_vectors(exchange, context, tree)
+        return where(any_active, combined, tree), state
 
     return SyncRule(init, apply, name=name)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 
 from localsgd_jax.core.call_names import call_name
+from localsgd_jax.core.pieces import on_pieces, piece_shapes, with_specs
 from localsgd_jax.core.types import PyTree, RuleState, SyncContext, SyncRule
 from localsgd_jax.core.validation import check, check_int, check_rule
 
@@ -56,6 +57,7 @@ def fragment(
         smallest fragment. A function maps the path of a leaf, such as "layers.3.w", to
         the index of its fragment.
       split_axis: axis along which "bytes" may split a leaf; None for complete leaves.
+        If a worker is sharded over several devices, each device splits its own piece.
       rounds_per_fragment: number of consecutive rounds of a fragment, t.
 
     Returns:
@@ -84,16 +86,23 @@ def fragment(
     text = 'grouping must be "bytes", "layer" or a function'
     check(is_valid, "fragment(grouping)", text, repr(grouping))
 
-    def init(tree: PyTree) -> RuleState:
+    def init(tree: PyTree, specs: PyTree | None = None) -> RuleState:
         leaves = jax.tree.leaves(tree)
-        groups = assign_fragments(tree, n, grouping, split_axis)
-        states = [rule.init(_slices(leaves, group)) for group in groups]
+        groups = _assign(tree, specs, n, grouping, split_axis)
+
+        def init_fragment(group: list[LeafSlice]) -> RuleState:
+            slice_specs = _slice_specs(group, specs)
+            slices = _slices(leaves, group, SyncContext({}, 0, specs=specs))
+            state = rule.init(slices, slice_specs)
+            return with_specs(state, slices, slice_specs)
+
+        states = map(init_fragment, groups)
         return RuleState(*map(tuple, zip(*states, strict=True)))
 
     def apply(
         tree: PyTree, state: RuleState, context: SyncContext
     ) -> tuple[PyTree, RuleState]:
-        groups = assign_fragments(tree, n, grouping, split_axis)
+        groups = _assign(tree, context.specs, n, grouping, split_axis)
         slot, round_in_slot = divmod(context.round - 1, rounds_per_fragment)
         fragment_round = slot // n * rounds_per_fragment + round_in_slot + 1
         fragment_context = context._replace(round=fragment_round)
@@ -161,6 +170,18 @@ def assign_fragments(
     return groups
 
 
+def _assign(
+    tree: PyTree,
+    specs: PyTree | None,
+    n: int,
+    grouping: str | Callable[[str], int],
+    split_axis: int | None,
+) -> list[list[LeafSlice]]:
+    """Assigns leaves to fragments; slices of leaves count in each device's piece."""
+    shapes = tree if split_axis is None else piece_shapes(tree, specs)
+    return assign_fragments(shapes, n, grouping, split_axis)
+
+
 def _apply(
     rule: SyncRule,
     p: int,
@@ -172,11 +193,12 @@ def _apply(
     """Applies a rule to fragment p."""
     leaves, structure = jax.tree.flatten(tree)
     fragment_state = RuleState(state.shared[p], state.local[p])
-    values, new = rule.apply(_slices(leaves, group), fragment_state, context)
-    for leaf_slice, value in zip(group, values, strict=True):
-        leaves[leaf_slice.leaf] = _update_slice(
-            leaves[leaf_slice.leaf], leaf_slice, value
-        )
+    slice_context = context._replace(specs=_slice_specs(group, context.specs))
+    slices = _slices(leaves, group, context)
+    values, new = rule.apply(slices, fragment_state, slice_context)
+    updated = _update_slices(leaves, group, values, slice_context)
+    for leaf_slice, leaf in zip(group, updated, strict=True):
+        leaves[leaf_slice.leaf] = leaf
     new_state = RuleState(
         _replace_item(state.shared, p, new.shared),
         _replace_item(state.local, p, new.local),
@@ -184,9 +206,46 @@ def _apply(
     return structure.unflatten(leaves), new_state
 
 
-def _slices(leaves: list[jax.Array], group: list[LeafSlice]) -> list[jax.Array]:
+def _slice_specs(group: list[LeafSlice], specs: PyTree | None) -> list | None:
+    """Returns the specs of the slices of a fragment, which are those of the leaves."""
+    if specs is None:
+        return None
+    leaves = jax.tree.leaves(specs)
+    return [leaves[leaf_slice.leaf] for leaf_slice in group]
+
+
+def _slices(
+    leaves: list[jax.Array], group: list[LeafSlice], context: SyncContext
+) -> list[jax.Array]:
     """Returns the values of a fragment."""
-    return [_slice(leaves[leaf_slice.leaf], leaf_slice) for leaf_slice in group]
+    values = [leaves[leaf_slice.leaf] for leaf_slice in group]
+    if all(leaf_slice.axis is None for leaf_slice in group):
+        return values
+    specs = _slice_specs(group, context.specs)
+
+    def slice_pieces(context: SyncContext, pieces: list) -> list:
+        del context
+        return list(map(_slice, pieces, group))
+
+    return on_pieces(slice_pieces, context, specs, specs)(values)
+
+
+def _update_slices(
+    leaves: list[jax.Array],
+    group: list[LeafSlice],
+    values: list[jax.Array],
+    context: SyncContext,
+) -> list[jax.Array]:
+    """Returns the leaves of a fragment with new values."""
+    if all(leaf_slice.axis is None for leaf_slice in group):
+        return values
+
+    def update_pieces(context: SyncContext, pieces: list, values: list) -> list:
+        del context
+        return list(map(_update_slice, pieces, group, values))
+
+    old = [leaves[leaf_slice.leaf] for leaf_slice in group]
+    return on_pieces(update_pieces, context, context.specs, context.specs)(old, values)
 
 
 def _slice(leaf: jax.Array, leaf_slice: LeafSlice) -> jax.Array:

@@ -6,13 +6,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.sharding import NamedSharding
 
 from localsgd_jax.analysis.device_bytes import ByteRange, DeviceBytes
 from localsgd_jax.core.metrics import metrics_by_name, rule_metrics
 from localsgd_jax.core.types import Cluster, PyTree, State
 from localsgd_jax.distributed import arrays
-from localsgd_jax.execution import rounds
+from localsgd_jax.execution.cyclic_round import RoundClass
+from localsgd_jax.execution.rounds import sync_in_class
+from localsgd_jax.training.byte_counter import BestEffort
+from localsgd_jax.training.round_programs import RoundPrograms
 from localsgd_jax.training.segments import Segment
 
 
@@ -22,7 +25,8 @@ class DispatchResult(NamedTuple):
     Attributes:
       due: for each step, whether workers synchronised after it.
       metrics: metrics of the training step by name, `(H, K)`.
-      rule_metrics: metrics of the synchronisation rules after each step, `(H,)`.
+      rule_metrics: metrics of the synchronisation rules after each step, `(H,)`; none
+        if workers did not synchronise.
       device_bytes: bytes that a device sends in a synchronisation, or None.
     """
 
@@ -45,7 +49,11 @@ class DispatchResult(NamedTuple):
 
 
 class Dispatcher:
-    """Compiled programs of a run: fused rounds, gated steps and a synchronisation."""
+    """Compiled programs of a run: local steps, whole rounds and a synchronisation.
+
+    Attributes:
+      round_programs: choice of the program of each round.
+    """
 
     def __init__(
         self, cluster: Cluster, weights: jax.Array | None, state: State
@@ -55,16 +63,26 @@ class Dispatcher:
         Args:
           cluster: functions of the workers.
           weights: `(K,)`, or None for equal weights.
-          state: state before the first dispatch; only its shardings are read.
+          state: state before the first dispatch; only its shapes and shardings are
+            read.
         """
-        self._weights, self._device_bytes = weights, DeviceBytes(state)
-        self._fused = jax.jit(
-            partial(_fused_rounds, cluster, weights),
-            donate_argnums=0,
-            static_argnames="period",
+        self._device_bytes, self._best_effort = DeviceBytes(state), BestEffort()
+        jit = partial(jax.jit, donate_argnums=0)
+        shardings = _mesh_shardings(state)
+        self._local_steps = jit(
+            partial(_local_steps, cluster), out_shardings=(shardings, None)
         )
-        self._gated = jax.jit(partial(_gated_steps, cluster, weights), donate_argnums=0)
-        self._sync = jax.jit(cluster.sync, donate_argnums=0)
+        self._rounds = jit(
+            partial(_rounds, cluster, weights),
+            static_argnames=("period", "round_class"),
+            out_shardings=(shardings, None),
+        )
+        self._sync = jit(
+            partial(_sync, cluster, weights),
+            static_argnames="round_class",
+            out_shardings=shardings,
+        )
+        self.round_programs = RoundPrograms(self._sync, state)
 
     def run(
         self, segment: Segment, state: State, batches: PyTree
@@ -79,35 +97,43 @@ class Dispatcher:
         Returns:
           The state after the segment, and the metrics, both perhaps not computed yet.
         """
-        bytes_per_round = self._device_bytes.bytes_per_round
-        if period := segment.period:
-            device_bytes = bytes_per_round(
-                self._fused,
-                state,
-                batches,
-                rounds=segment.steps // period,
-                period=period,
-            )
-            state, metrics = self._fused(state, batches, period=period)
-        else:
-            args = state, batches, np.array(segment.due)
-            device_bytes = bytes_per_round(self._gated, *args, rounds=None)
-            state, metrics = self._gated(*args)
-        by_step, by_rule = metrics
-        return state, DispatchResult(segment.due, by_step, by_rule, device_bytes)
+        if segment.period is None:
+            state, metrics = self._local_steps(state, batches)
+            return state, DispatchResult(segment.due, metrics, {}, None)
+        static = {
+            "period": segment.period,
+            "round_class": self.round_programs.choose(segment.round),
+        }
+        rounds = sum(segment.due)
+        device_bytes = self._bytes_per_round(
+            self._rounds, state, batches, rounds=rounds, **static
+        )
+        state, (metrics, values) = self._rounds(state, batches, **static)
+        self._best_effort.warn()
+        return state, DispatchResult(segment.due, metrics, values, device_bytes)
 
-    def synchronize(self, state: State) -> tuple[State, ByteRange | None]:
+    def synchronize(
+        self, state: State, round_number: int
+    ) -> tuple[State, ByteRange | None]:
         """Ends an incomplete round.
 
         Args:
           state: state within a round; it is donated.
+          round_number: number of that round, 1 for the first.
 
         Returns:
           The synchronised state, and the bytes that a device sends for it.
         """
-        args = state, self._weights
-        device_bytes = self._device_bytes.bytes_per_round(self._sync, *args, rounds=1)
-        return self._sync(*args), device_bytes
+        static = {"round_class": self.round_programs.choose(round_number)}
+        device_bytes = self._bytes_per_round(self._sync, state, rounds=1, **static)
+        state = self._sync(state, **static)
+        self._best_effort.warn()
+        return state, device_bytes
+
+    def _bytes_per_round(self, *args: Any, **kwargs: Any) -> ByteRange | None:
+        """Returns the bytes that a device sends in a round, if they are known."""
+        function = self._device_bytes.bytes_per_round
+        return self._best_effort(function, *args, **kwargs)
 
 
 class ResultQueue:
@@ -148,41 +174,49 @@ class ResultQueue:
         return [result.to_host() for result in results]
 
 
-def _fused_rounds(
+def _mesh_shardings(state: State) -> State | None:
+    """Returns the shardings of a state on a mesh, which its programs must keep.
+
+    A state with other shardings would be another program in the next dispatch.
+    """
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    is_on_mesh = all(isinstance(x, NamedSharding) for x in jax.tree.leaves(shardings))
+    return shardings if is_on_mesh else None
+
+
+def _local_steps(cluster: Cluster, state: State, batches: PyTree) -> tuple[State, dict]:
+    """Runs local steps; leaves of the batches are (H, K, B, ...)."""
+    state, metrics = jax.lax.scan(cluster.step, state, batches)
+    return state, metrics_by_name(metrics, ndim=2)
+
+
+def _rounds(
     cluster: Cluster,
     weights: jax.Array | None,
     state: State,
     batches: PyTree,
     period: int,
+    round_class: RoundClass | None,
 ) -> tuple[State, tuple[dict, dict]]:
     """Runs whole rounds of `period` steps; leaves of the batches are (H, K, B, ...)."""
     nested = jax.tree.map(lambda x: x.reshape(-1, period, *x.shape[1:]), batches)
-    one_round = rounds.fused(cluster)
 
-    def body(state: State, batches: PyTree) -> tuple[State, tuple]:
-        state, metrics = one_round(state, batches, weights)
+    def one_round(state: State, batches: PyTree) -> tuple[State, tuple]:
+        state, metrics = jax.lax.scan(cluster.step, state, batches)
+        state = sync_in_class(cluster, round_class, state, weights)
         return state, (metrics, rule_metrics(state))
 
-    state, (metrics, values) = jax.lax.scan(body, state, nested)
+    state, (metrics, values) = jax.lax.scan(one_round, state, nested)
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), metrics)
     at_each_step = jax.tree.map(lambda x: jnp.repeat(x, period), values)
     return state, (metrics_by_name(flat, ndim=2), at_each_step)
 
 
-def _gated_steps(
+def _sync(
     cluster: Cluster,
     weights: jax.Array | None,
     state: State,
-    batches: PyTree,
-    due: jax.Array,
-) -> tuple[State, tuple[dict, dict]]:
-    """Runs steps, each followed by a synchronisation if it is due, `(H,)`."""
-
-    def body(state: State, inputs: tuple) -> tuple[State, tuple]:
-        batch, is_due = inputs
-        state, metrics = cluster.step(state, batch)
-        state = cluster.sync_if(is_due, state, weights)
-        return state, (metrics, rule_metrics(state))
-
-    state, (metrics, values) = jax.lax.scan(body, state, (batches, due))
-    return state, (metrics_by_name(metrics, ndim=2), values)
+    round_class: RoundClass | None,
+) -> State:
+    """Synchronises; the weights were checked when the run began."""
+    return sync_in_class(cluster, round_class, state, weights)

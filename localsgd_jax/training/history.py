@@ -11,6 +11,7 @@ from localsgd_jax.analysis.device_bytes import ByteRange
 from localsgd_jax.core.types import State
 from localsgd_jax.training.byte_counter import ByteCounter
 from localsgd_jax.training.dispatch import DispatchResult
+from localsgd_jax.training.evaluation import Evaluation
 from localsgd_jax.training.run_context import RunContext
 
 History = dict[str, np.ndarray]
@@ -121,6 +122,16 @@ class HistoryRecorder:
         row |= self._byte_counter.add_round(self.round, device_bytes)
         row["seconds"] = time.perf_counter() - self._start_time
         self.rows.append(row | dict(metrics))
+
+    def add_evaluation(self, evaluation: Evaluation) -> None:
+        """Adds an evaluation after the last round to its row.
+
+        Args:
+          evaluation: its values become columns, its bytes count for that round.
+        """
+        sent = evaluation.bytes, evaluation.device_bytes
+        sums = self._byte_counter.add_evaluation(*sent)
+        self.rows[-1] |= sums | evaluation.values
 
     def columns(self) -> History:
         """Returns the rows as columns, with NaN where a row lacks the metric."""

@@ -11,10 +11,12 @@ from localsgd_jax import schedules
 from localsgd_jax.core.metrics import rule_metrics
 from localsgd_jax.core.types import Cluster, PyTree, State
 from localsgd_jax.data.prefetch import SynchronizedPrefetcher
+from localsgd_jax.execution.ambient_mesh import in_mesh_of_state
 from localsgd_jax.training.byte_counter import ByteCounter
 from localsgd_jax.training.callbacks import Callbacks
 from localsgd_jax.training.consistency import assert_equal_runs
 from localsgd_jax.training.dispatch import Dispatcher, ResultQueue
+from localsgd_jax.training.evaluation import Evaluator
 from localsgd_jax.training.history import History, HistoryRecorder
 from localsgd_jax.training.outputs import RunOutputs
 from localsgd_jax.training.progress import progress_bar
@@ -22,6 +24,7 @@ from localsgd_jax.training.run_context import RunSettings, context_of
 from localsgd_jax.training.segments import segments
 
 
+@in_mesh_of_state
 def train(
     cluster: Cluster,
     state: State,
@@ -41,10 +44,13 @@ def train(
 ) -> tuple[State, History]:
     """Trains until the batches or the steps end, and synchronises at the end.
 
-    Rounds of equal length run fused, several in one dispatch. Where the schedule is
-    irregular, steps are gated. While the devices compute, the host reads, stacks and
-    transfers the next batches; at most two dispatches are in flight. An incomplete last
-    round is trained and synchronised. The given state is donated: use the returned one.
+    Rounds of equal length run several in one dispatch. A round longer than
+    `max_steps_per_dispatch` is several dispatches; the last of them has so many steps
+    and the synchronisation. On a mesh, rules that choose by the round number get a
+    program for each position in their cycle. While the devices compute, the host reads,
+    stacks and transfers the next batches; at most two dispatches are in flight. An
+    incomplete last round is trained and synchronised. The given state is donated: use
+    the returned one.
 
     Args:
       cluster: `simulate(...)` or `on_mesh(...)`.
@@ -77,7 +83,7 @@ def train(
       - "step" and "round": counters at its end;
       - "seconds": since this call began, compilation included;
       - "bytes": sent by each worker since this call began, as if it had its own network
-        link;
+        link, for evaluations of workers that differ, too;
       - "device_bytes": sent by each device since this call began, read from the
         compiled programs as `collective_ops` does; only on a mesh with several
         positions;
@@ -124,8 +130,10 @@ def train(
     assert_equal_runs(cluster, state, context, prefetcher, callbacks, settings)
     in_flight = ResultQueue(context.is_multi_process)
     with progress_bar(context.is_primary and progress, steps, batches) as bar:
-        outputs = RunOutputs(context, callbacks, schedule, history, bar)
-        plan = segments(settings, context, callbacks, prefetcher.fill)
+        evaluator = Evaluator(callbacks, context.processes, state)
+        outputs = RunOutputs(context, callbacks, evaluator, schedule, history, bar)
+        alike = dispatcher.round_programs.are_alike
+        plan = segments(settings, context, callbacks, prefetcher.fill, alike)
         for segment in plan:
             stacked = prefetcher.next_batches(segment.steps)
             state, result = dispatcher.run(segment, state, stacked)
@@ -141,7 +149,7 @@ def train(
                 save(state, examples)
         outputs.record(in_flight.pop_all(), state)
         if history.open_round:
-            state, device_bytes = dispatcher.synchronize(state)
+            state, device_bytes = dispatcher.synchronize(state, history.round + 1)
             history.close_round(rule_metrics(state), device_bytes)
         outputs.evaluate(state)
     if save and examples:

@@ -1,15 +1,12 @@
 """Outputs of a run: history rows, evaluation, `on_round_end` and progress."""
 
 from collections.abc import Callable, Iterable
-from typing import cast
 
 from localsgd_jax.core.types import State
-from localsgd_jax.distributed import arrays
-from localsgd_jax.distributed.coordination import broadcast_from_first
-from localsgd_jax.execution.mean_model import consensus
 from localsgd_jax.schedules.adaptive import AdaptiveSchedule
 from localsgd_jax.training.callbacks import Callbacks, RowReporter
 from localsgd_jax.training.dispatch import DispatchResult
+from localsgd_jax.training.evaluation import Evaluator
 from localsgd_jax.training.history import HistoryRecorder, NonFiniteLossError
 from localsgd_jax.training.progress import ProgressBar
 from localsgd_jax.training.run_context import RunContext
@@ -25,6 +22,7 @@ class RunOutputs:
         self,
         context: RunContext,
         callbacks: Callbacks,
+        evaluator: Evaluator,
         schedule: Callable,
         history: HistoryRecorder,
         bar: ProgressBar,
@@ -33,12 +31,13 @@ class RunOutputs:
 
         Args:
           context: processes of the run; the primary one reports rows.
-          callbacks: evaluation and `on_round_end`.
+          callbacks: `evaluate` and `on_round_end`.
+          evaluator: evaluation of the mean model.
           schedule: an adaptive schedule is updated with the rows.
           history: rows of the run.
           bar: progress bar.
         """
-        self._processes, self._callbacks = context.processes, callbacks
+        self._callbacks, self._evaluator = callbacks, evaluator
         self._history, self._bar = history, bar
         self._on_round_end = RowReporter(
             callbacks.on_round_end if context.is_primary else None
@@ -83,17 +82,5 @@ class RunOutputs:
         rows = self._history.rows
         self._on_round_end.report(rows[:-1])
         if self._callbacks.evaluate and len(rows) > self._on_round_end.num_reported:
-            rows[-1] |= self._evaluate_consensus(state)
+            self._history.add_evaluation(self._evaluator.evaluate(state))
         self._on_round_end.report(rows)
-
-    def _evaluate_consensus(self, state: State) -> dict[str, float]:
-        """Evaluates the mean model in the primary process and broadcasts the values.
-
-        If no process holds all of the model, each of them takes part in the evaluation.
-        """
-        model = consensus(state, self._callbacks.eval_fields)
-        processes = self._processes if arrays.is_fully_addressable(model) else []
-        values = broadcast_from_first(
-            "train(evaluate)", lambda: self._callbacks.run_evaluate(model), processes
-        )
-        return cast(dict[str, float], values)

@@ -74,7 +74,7 @@ def test_state_shardings():
 def test_shared_state_must_be_replicated():
     """A rule that stores a per-worker value as shared state raises when traced."""
     rule = lsgd.SyncRule(
-        lambda tree: lsgd.RuleState(shared=tree),
+        lambda tree, specs: lsgd.RuleState(shared=tree),
         lambda tree, state, context: (tree, lsgd.RuleState(shared=tree)),
     )
     simulated = lsgd.simulate(algorithm(rule), 8)

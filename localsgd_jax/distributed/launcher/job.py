@@ -13,8 +13,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from localsgd_jax.distributed.launcher import reaper
+from localsgd_jax.distributed.launcher.coordinator import ABORT_CODE, CoordinatorMonitor
 from localsgd_jax.distributed.launcher.output import OutputForwarder, log
 from localsgd_jax.distributed.launcher.ports import free_port
+from localsgd_jax.distributed.launcher.process_environment import (
+    job_environment,
+    process_environment,
+)
 
 FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Peers of a failed process often fail for the same reason and may log it.
@@ -33,7 +38,8 @@ class LaunchConfig(NamedTuple):
       devices_per_process: CPU devices or accelerators of each process.
       elastic: whether the job continues when a process other than 0 fails.
       max_restarts: number of times that a failed job is restarted.
-      grace_period: seconds from SIGTERM to SIGKILL.
+      grace_period: seconds from SIGTERM to SIGKILL, and from the abort of another
+        process to SIGKILL of a process 0 that does not respond.
     """
 
     command: Sequence[str]
@@ -57,6 +63,7 @@ class EventKind(enum.Enum):
     """Kind of an event of the monitor loop."""
 
     PROCESS_EXITED = enum.auto()
+    COORDINATOR_HANGS = enum.auto()
     OUTPUT_FAILED = enum.auto()
     TIMERS_CHANGED = enum.auto()
 
@@ -157,6 +164,13 @@ class WorkerGroup:
         self._timers: list[Timer] = []
         self._processes: list[subprocess.Popen] = []
         self._running: set[int] = set()
+        self._port, self._job_id = free_port(), f"{os.getpid()}-{restart_count}"
+        self._coordinator = CoordinatorMonitor(
+            ("127.0.0.1", self._port),
+            self._job_id,
+            config.grace_period,
+            lambda: self._events.put(Event(EventKind.COORDINATOR_HANGS)),
+        )
 
     def run(self) -> int:
         """Runs all processes to completion; returns the exit code of the job."""
@@ -172,6 +186,7 @@ class WorkerGroup:
                 self._start()
                 self._monitor()
             finally:
+                self._coordinator.stop()
                 self._signal_all(signal.SIGKILL)
                 for number, handler in previous.items():
                     signal.signal(number, handler)
@@ -179,9 +194,12 @@ class WorkerGroup:
 
     def _start(self) -> None:
         """Starts the processes in the process group of the reaper."""
-        job_env = _job_env(self.config, len(self.slots), self.restart_count)
+        devices, count = self.config.devices_per_process, len(self.slots)
+        job_env = job_environment(
+            f"127.0.0.1:{self._port}", self._job_id, count, devices, self.restart_count
+        )
         for index, slot in enumerate(self.slots):
-            process_env = _process_env(index, slot, self.config.devices_per_process)
+            process_env = process_environment(index, slot, devices)
             process = subprocess.Popen(
                 self.config.command,
                 env=os.environ | job_env | process_env,
@@ -193,6 +211,7 @@ class WorkerGroup:
             self._processes.append(process)
             self._running.add(index)
             self._notify_reaper(process)
+        self._coordinator.supervise([process.pid for process in self._processes])
 
     def _notify_reaper(self, process: subprocess.Popen) -> None:
         """Notifies the reaper of the start or exit of a process."""
@@ -217,6 +236,8 @@ class WorkerGroup:
             event = self._next_event()
             if event.kind is EventKind.PROCESS_EXITED:
                 self._on_exit(event.process, _shell_code(event.code))
+            elif event.kind is EventKind.COORDINATOR_HANGS:
+                self._on_coordinator_hang()
             elif event.kind is EventKind.OUTPUT_FAILED:
                 self._on_output_failure(_shell_code(event.code))
         self._drain_output(forwarders)
@@ -250,6 +271,8 @@ class WorkerGroup:
         """Records the exit of a process; terminates the others if it ends the job."""
         self._running.discard(index)
         self._notify_reaper(self._processes[index])
+        if index:
+            self._coordinator.on_peer_exit(index, code)
         decisive = index == 0 or not self.config.elastic
         if code and decisive:
             self.code = self.code or code
@@ -268,6 +291,15 @@ class WorkerGroup:
             grace = self.config.grace_period
             reason = f"process 0 exited with 0 {grace:g} s ago; terminating the others"
             self._terminate(signal.SIGTERM, grace, reason)
+
+    def _on_coordinator_hang(self) -> None:
+        """Kills all processes, as if process 0 had been aborted like the others."""
+        if self.phase is not Phase.RUNNING or 0 not in self._running:
+            return
+        grace = self.config.grace_period
+        log(f"process 0 has not responded for {grace:g} s; killing all processes")
+        self.code, self.first_failed_slot = ABORT_CODE, self.slots[0]
+        self._terminate(signal.SIGKILL)
 
     def _on_output_failure(self, code: int) -> None:
         """Records a failure of the output and terminates all processes."""
@@ -343,36 +375,3 @@ def _signal_detached(process: subprocess.Popen, number: int) -> None:
 def _shell_code(code: int) -> int:
     """Converts an exit code of `subprocess` to that of a shell."""
     return 128 - code if code < 0 else code
-
-
-def _job_env(
-    config: LaunchConfig, num_processes: int, restart_count: int
-) -> dict[str, str]:
-    """Returns the environment variables common to all processes."""
-    devices = config.devices_per_process
-    return {
-        "LOCALSGD_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}",
-        "LOCALSGD_NUM_PROCESSES": str(num_processes),
-        "LOCALSGD_JOB_ID": f"{os.getpid()}-{restart_count}",
-        "LOCALSGD_RESTART_COUNT": str(restart_count),
-        "JAX_NUM_CPU_DEVICES": str(devices),
-        "PYTHONUNBUFFERED": "1",
-        "NPROC": os.environ.get("NPROC", _default_num_threads(devices)),
-    }
-
-
-def _process_env(process_id: int, slot: int, devices: int) -> dict[str, str]:
-    """Returns the environment variables of one process."""
-    first = slot * devices
-    return {
-        "LOCALSGD_PROCESS_ID": str(process_id),
-        "JAX_LOCAL_DEVICE_IDS": ",".join(map(str, range(first, first + devices))),
-    }
-
-
-def _default_num_threads(devices: int) -> str:
-    """Returns the default of NPROC, the size of XLA's CPU thread pool.
-
-    With fewer threads JAX 0.10 and 0.11 starve on CPUs.
-    """
-    return str(max(os.cpu_count() or 1, 2 * devices, 8))

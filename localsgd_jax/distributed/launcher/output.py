@@ -50,7 +50,7 @@ class OutputForwarder(threading.Thread):
         with self.source:
             for lines in split_lines(self._read_chunks()):
                 try:
-                    write_all(self.sink, b"".join(self.prefix + line for line in lines))
+                    write_all(self.sink, b"".join(map(self._add_prefix, lines)))
                 except BrokenPipeError:
                     self.report_failure(-signal.SIGPIPE)
                     return
@@ -79,6 +79,10 @@ class OutputForwarder(threading.Thread):
             or self.num_bytes > self.max_bytes
             or (is_late and self.is_reading and not self._is_readable())
         )
+
+    def _add_prefix(self, line: bytes) -> bytes:
+        """Returns a line with the prefix; a progress bar begins with an empty line."""
+        return line if line == b"\r" else self.prefix + line
 
     def _read_chunks(self) -> Iterator[bytes]:
         """Yields chunks of the pipe until EOF."""

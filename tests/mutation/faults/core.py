@@ -22,10 +22,22 @@ MUTANTS = {
         "rules/test_hierarchies.py -k group_weights",
     ),
     "gives moments no sharding": Mutant(
-        "core/pytrees.py",
-        "sharding_of_shape.get(x.shape)",
-        "None",
-        "execution/test_placement.py -k abstract_arrays",
+        "core/pieces.py",
+        "            if found_shape == shape:\n                return spec",
+        "            if found_shape == shape:\n                return P()",
+        "execution/test_sharded_rules.py -k follow_the_path",
+    ),
+    "mixes replicated leaves with sharded ones": Mutant(
+        "core/pieces.py",
+        "groups.setdefault(_axes(spec), [])",
+        'groups.setdefault(("fsdp",), [])',
+        "execution/test_sharded_rules.py -k compressed_by_itself",
+    ),
+    "counts replicated leaves once for each device": Mutant(
+        "core/pieces.py",
+        "jax.lax.psum(x, self.axes) if self.axes else x",
+        'jax.lax.psum(x, tuple(inner_axes()) or ("fsdp",))',
+        "execution/test_sharded_rules.py -k with_diagnostics",
     ),
     "accumulates in half precision": Mutant(
         "core/collectives.py",

@@ -47,15 +47,21 @@ MUTANTS = {
     ),
     "reduces a metric in a local step": Mutant(
         "execution/placement.py",
-        "    return state._replace(step=state.step + 1, workers=workers), metrics",
-        "    metrics = jax.tree.map(lambda m: m + 0 * m.mean(), metrics)\n    return state._replace(step=state.step + 1, workers=workers), metrics",
+        "    return layout.constrain(state), metrics",
+        "    metrics = jax.tree.map(lambda m: m + 0 * m.mean(), metrics)\n    return layout.constrain(state), metrics",
         "execution/test_compiled_programs.py -k local_step",
     ),
     "gathers the shards of a worker": Mutant(
         "execution/layout.py",
-        "P(self.names, *self._inner_spec(x))",
-        "P(self.names)",
+        "P(*leading, *s)",
+        "P(*leading)",
         "execution/test_compiled_programs.py -k only_its_shards",
+    ),
+    "leaves the sharding of results to the compiler": Mutant(
+        "execution/layout.py",
+        "        if state.specs is None:\n            return state\n",
+        "        return state\n",
+        "execution/test_sharded_rules.py -k match_simulation",
     ),
     "gives all workers one key": Mutant(
         "execution/replication.py",
@@ -71,8 +77,8 @@ MUTANTS = {
     ),
     "synchronises outside the conditional": Mutant(
         "execution/placement.py",
-        "    return jax.lax.cond(\n        due,\n        lambda operands: sync",
-        "    synced = sync(workers, local, shared, round_number, weight)\n    choose = lambda a, b: jnp.where(due, a, b)\n    return jax.tree.map(choose, synced, (workers, local, shared))\n    return jax.lax.cond(\n        due,\n        lambda operands: sync",
+        "        return jax.lax.cond(\n            due,\n            lambda operands: sync",
+        "        synced = sync(workers, local, shared, number, weight)\n        choose = lambda a, b: jnp.where(due, a, b)\n        return jax.tree.map(choose, synced, (workers, local, shared))\n        return jax.lax.cond(\n            due,\n            lambda operands: sync",
         "execution/test_compiled_programs.py -k gated",
     ),
     "discards progress made during a synchronisation": Mutant(
@@ -88,9 +94,9 @@ MUTANTS = {
         "multi_process/test_process_local.py -k unsynchronised",
     ),
     "gives all processes the keys of the first workers": Mutant(
-        "execution/process_local.py",
-        "x[first : first + local.num_workers]",
-        "x[: local.num_workers]",
+        "execution/replication.py",
+        "jnp.arange(indices.start, indices.stop)",
+        "jnp.arange(len(indices))",
         "multi_process/test_process_local.py -k initial_keys",
     ),
     "ignores the weights of processes": Mutant(
@@ -98,5 +104,29 @@ MUTANTS = {
         "if weighted else None",
         "if False else None",
         "multi_process/test_process_local.py -k weighted",
+    ),
+    "gathers a batch that is sharded inside a worker": Mutant(
+        "execution/batches.py",
+        "    return kept\n",
+        "    return []\n",
+        "execution/test_batches.py -k keeps_its_layout",
+    ),
+    "gives every device the whole batch of its worker": Mutant(
+        "execution/batches.py",
+        'DATA_AXES = ("data", "fsdp")',
+        "DATA_AXES = ()",
+        "execution/test_batches.py -k costs_less",
+    ),
+    "traces programs in the mesh of the user": Mutant(
+        "execution/ambient_mesh.py",
+        "with ambient_mesh(mesh.abstract_mesh):",
+        "with ambient_mesh(None):",
+        "execution/test_ambient_mesh.py -k cluster_does_not_depend",
+    ),
+    "traces a conditional round in the mesh of the user": Mutant(
+        "execution/ambient_mesh.py",
+        "with ambient_mesh(_mesh_of(states)):",
+        "with ambient_mesh(None):",
+        "execution/test_ambient_mesh.py -k does_not_depend",
     ),
 }

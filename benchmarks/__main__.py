@@ -3,6 +3,7 @@
     python -m benchmarks                    all measurements that need only a CPU
     python -m benchmarks overhead --tiny    one, small enough to check that it runs
     python -m benchmarks accelerator        needs a GPU or a TPU
+    python -m benchmarks pods --help        needs the compiler for TPUs, no TPU
 
 Writes NAME.json and NAME.txt into --out (default: benchmark-results), and
 benchmarks.png with all measurements found there.
@@ -28,6 +29,11 @@ CPU_BENCHMARKS = {
 }
 ACCELERATOR_BENCHMARKS = {"accelerator": "benchmarks.accelerator_lanes"}
 BENCHMARKS = CPU_BENCHMARKS | ACCELERATOR_BENCHMARKS
+# Programs for other machines: compiled here and not run; each with its own options.
+COMPILED_BENCHMARKS = {
+    "pods": "benchmarks.pods.command",
+    "sharded_rules": "benchmarks.sharded_rules",
+}
 DESCRIPTIONS = {
     "overhead": "a round over its local steps alone",
     "scaling": "time, memory and compile time over K, H and the number of parameters",
@@ -35,6 +41,8 @@ DESCRIPTIONS = {
     "prediction": "predicted over measured times of rounds",
     "baselines": "comparison with plain JAX, DrJAX, PyTorch, accelerate and torchft",
     "accelerator": "lanes of a GPT on one GPU or TPU",
+    "pods": "memory, traffic and predicted times of a GPT on 32 to 512 TPU chips",
+    "sharded_rules": "memory and traffic of each rule with 16 chips per worker",
 }
 SCRIPTS = """
 other measurements, each with its own options:
@@ -49,11 +57,11 @@ other measurements, each with its own options:
 
 def load_module(name: str) -> Any:
     """Imports the module of a measurement."""
-    return importlib.import_module(BENCHMARKS[name])
+    return importlib.import_module((BENCHMARKS | COMPILED_BENCHMARKS)[name])
 
 
 def parse_arguments() -> argparse.Namespace:
-    listed = "".join(f"    {name:<12} {DESCRIPTIONS[name]}\n" for name in BENCHMARKS)
+    listed = "".join(f"    {name:<13} {DESCRIPTIONS[name]}\n" for name in DESCRIPTIONS)
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description=__doc__,
@@ -105,6 +113,10 @@ def num_threads(devices: int) -> int:
 
 
 def main() -> None:
+    name, *arguments = sys.argv[1:] or [""]
+    if name in COMPILED_BENCHMARKS:
+        load_module(name).main(arguments)
+        return
     options = parse_arguments()
     if options.devices:
         run_in_process(options.names[0], options.devices, options.tiny)

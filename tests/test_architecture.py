@@ -96,8 +96,8 @@ def test_nothing_imports_the_experiments_but_the_command_line():
 @pytest.mark.parametrize(
     "words, homes",
     [
-        (COLLECTIVES, ["core/collectives.py"]),
-        ({"shard_map"}, ["execution/"]),
+        (COLLECTIVES, ["core/collectives.py", "core/pieces.py"]),
+        ({"shard_map"}, ["core/pieces.py", "execution/"]),
         ({"Mesh"}, ["distributed/meshes.py", "execution/"]),
     ],
     ids=["collectives", "shard_map", "Mesh"],

@@ -4,7 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from localsgd_jax.analysis import compilation
-from localsgd_jax.analysis.ops import CollectiveOp, filter_by_axis, parse_collective_ops
+from localsgd_jax.analysis.collective_op import CollectiveOp, filter_by_axis
+from localsgd_jax.analysis.ops import parse_collective_ops
 from localsgd_jax.analysis.table import format_table
 
 
@@ -31,7 +32,9 @@ def assert_no_collectives(
     """Asserts that a compiled step contains no collectives along a mesh axis.
 
     The step is compiled, not run. Collectives along other axes are allowed: a worker
-    that is itself sharded needs them.
+    that is itself sharded needs them. An instruction that may leave the device and that
+    the analysis does not understand, such as a host callback or an unknown custom call,
+    counts for every axis.
 
     Args:
       step: a function, jitted or not, or a compiled program.
@@ -45,8 +48,8 @@ def assert_no_collectives(
     Raises:
       UnexpectedCollectiveError: an AssertionError with a table of the collectives and
         their source locations.
-      ValueError: if no mesh is known, if it has no such axis, or if the axis has size
-        1, so that the check would be vacuous.
+      ValueError: if no mesh is known or it has no such axis, or if the check would be
+        vacuous: the axis has size 1, or the program does not run on the whole mesh.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -64,9 +67,11 @@ def assert_no_collectives(
     """
     names = (axis,) if isinstance(axis, str) else tuple(axis)
     compiled = compilation.compile_program(step, args, kwargs)
-    sizes = compilation.axis_sizes(compiled, mesh, (args, kwargs))
-    _check_axis_sizes(names, sizes)
-    ops = parse_collective_ops(compiled.as_text(), sizes)
+    mesh = compilation.program_mesh(compiled, mesh, (args, kwargs))
+    _check_axis_sizes(names, None if mesh is None else mesh.shape)
+    text = compiled.as_text()
+    compilation.check_devices("assert_no_collectives(step)", text, mesh)
+    ops = parse_collective_ops(text, mesh)
     violations = filter_by_axis(ops, names)
     if violations:
         raise UnexpectedCollectiveError(

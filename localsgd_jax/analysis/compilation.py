@@ -5,6 +5,9 @@ from typing import Any
 
 import jax
 
+from localsgd_jax.analysis.device_layout import count_devices, make_layout
+from localsgd_jax.analysis.hlo.parser import num_partitions
+
 
 def compile_program(program: Any, args: tuple, kwargs: Mapping) -> Any:
     """Compiles a function without running it; returns compiled programs unchanged.
@@ -38,10 +41,8 @@ def compile_program(program: Any, args: tuple, kwargs: Mapping) -> Any:
         jax.config.update(option, before)
 
 
-def axis_sizes(
-    compiled: Any, mesh: Any = None, arguments: Any = ()
-) -> Mapping[str, int] | None:
-    """Returns the axis sizes of the mesh of a program.
+def program_mesh(compiled: Any, mesh: Any = None, arguments: Any = ()) -> Any:
+    """Returns the mesh of a program.
 
     Args:
       compiled: the compiled program.
@@ -49,15 +50,42 @@ def axis_sizes(
       arguments: arguments of the program, with shardings.
 
     Returns:
-      Sizes of the mesh axes, outermost first; None if there is no mesh. Of several
-      meshes, the largest one counts.
+      The mesh; None if there is none. Of several meshes, the largest one counts, and of
+      equally large ones, one with devices.
     """
     if mesh is not None:
-        return dict(mesh.shape)
+        return mesh
     inputs = getattr(compiled, "input_shardings", ())
     shardings = [
         getattr(leaf, "sharding", leaf) for leaf in jax.tree.leaves((inputs, arguments))
     ]
     meshes = [getattr(sharding, "mesh", None) for sharding in shardings]
     known = [mesh for mesh in meshes if mesh is not None]
-    return dict(max(known, key=lambda mesh: mesh.size).shape) if known else None
+
+    def rank(mesh: Any) -> tuple[int, bool]:
+        return mesh.size, isinstance(mesh, jax.sharding.Mesh)
+
+    return max(known, key=rank, default=None)
+
+
+def check_devices(call: str, text: str, mesh: Any) -> None:
+    """Raises unless a program runs on all devices of a mesh.
+
+    On fewer devices, collectives over the mesh cannot occur, so that their absence
+    says nothing.
+
+    Args:
+      call: the call and argument, for the error message.
+      text: text of the compiled program.
+      mesh: the mesh.
+
+    Raises:
+      ValueError: if the program runs on fewer or more devices.
+    """
+    layout = make_layout(mesh)
+    count = count_devices(layout, num_partitions(text))
+    if count != layout.size:
+        raise ValueError(
+            f"{call}: the program must run on all {layout.size} devices of the mesh, "
+            f"got {count}; give its arguments shardings on the mesh"
+        )

@@ -30,6 +30,10 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 """
 GPU_TARGETS = {"h100": _H100}
 
+_TARGET = re.compile(r"(tpu|gpu):(\w+):(\d+(?:x\d+)*)(?::slices=([1-9]\d*))?")
+# Kinds whose slices are two-dimensional.
+_PLANAR_TPUS = ("v2", "v3", "v5e", "v6e")
+
 
 def target_mesh(
     target: str | None = None, axes: Mapping[str, int] | None = None
@@ -37,13 +41,14 @@ def target_mesh(
     """Returns a mesh of the devices of a compile target.
 
     Args:
-      target: `tpu:KIND:TOPOLOGY` such as tpu:v5e:2x4, `gpu:KIND:COUNT` such as
-        gpu:h100:8, or `gpu:KIND:HOSTSxCOUNT`; None for the local devices, which are 8
-        emulated devices on a CPU.
+      target: `tpu:KIND:TOPOLOGY` such as tpu:v5e:2x4, with `:slices=N` for several TPU
+        slices, `gpu:KIND:COUNT` such as gpu:h100:8, or `gpu:KIND:HOSTSxCOUNT`; None
+        for the local devices, which are 8 emulated devices on a CPU.
       axes: names and sizes of the axes; None for one axis "worker" of all devices.
 
     Returns:
-      The mesh.
+      The mesh. Consecutive devices share a slice or host, so that the outermost axes
+      cross slices or hosts.
 
     Raises:
       ValueError: if the target is unknown, its compiler is not installed, or the
@@ -61,26 +66,34 @@ def target_mesh(
 
 
 def topology_devices(target: str) -> Sequence:
-    """Returns the compile-only devices of a TPU or GPU topology.
+    """Returns the compile-only devices of TPU slices or GPU hosts.
 
     Args:
       target: as for `target_mesh`.
 
     Returns:
-      The devices.
+      The devices, slice by slice or host by host.
 
     Raises:
       ValueError: if the target is unknown or its compiler is not installed.
     """
-    family, _, rest = target.partition(":")
-    kind, _, shape = rest.partition(":")
-    if family not in ("tpu", "gpu") or not re.fullmatch(r"\d+(x\d+)*", shape):
+    match = _TARGET.fullmatch(target)
+    if match is None:
         raise ValueError(
-            "--target must look like tpu:v5e:2x4 or gpu:h100:8, got " + repr(target)
+            "--target must look like tpu:v5e:2x4, tpu:v5e:4x4:slices=2, gpu:h100:8 or "
+            f"gpu:h100:2x8, got {target!r}"
+        )
+    family, kind, shape, slices = match.groups()
+    if family == "gpu" and slices:
+        raise ValueError(
+            f"--target {target}: GPUs have no slices; for {slices} hosts write "
+            f"gpu:{kind}:{slices}x{shape.split('x')[-1]}"
         )
     # Keeps JAX from initialising local accelerators.
     jax.config.update("jax_platforms", "cpu")
-    return _tpu_topology(kind, shape) if family == "tpu" else _gpu_topology(kind, shape)
+    if family == "gpu":
+        return _gpu_topology(kind, shape)
+    return _tpu_topology(kind, shape, int(slices or 1))
 
 
 def is_compiler_installed(family: str) -> bool:
@@ -115,8 +128,9 @@ def _local_devices(axes: Mapping[str, int] | None) -> Sequence:
     return jax.devices()[:count]
 
 
-def _tpu_topology(kind: str, shape: str) -> Sequence:
-    """Returns the devices of a TPU slice."""
+def _tpu_topology(kind: str, shape: str, slices: int) -> Sequence:
+    """Returns the devices of one or more TPU slices, slice by slice."""
+    _check_dimensions(kind, shape)
     _check_installed("tpu")
     # libtpu would otherwise query the cloud metadata server and wait for a timeout.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -125,9 +139,27 @@ def _tpu_topology(kind: str, shape: str) -> Sequence:
     from jax.experimental import topologies
 
     try:
-        return topologies.get_topology_desc(f"{kind}:{shape}", "tpu").devices
+        devices = topologies.get_topology_desc(
+            f"{kind}:{shape}", "tpu", num_slices=slices
+        ).devices
     except (RuntimeError, ValueError, NotImplementedError) as error:
         raise ValueError(f"--target tpu:{kind}:{shape}: {error}") from None
+    # The devices of a single slice have no index.
+    return sorted(devices, key=lambda each: (getattr(each, "slice_index", 0), each.id))
+
+
+def _check_dimensions(kind: str, shape: str) -> None:
+    """Raises if a third dimension is given to a kind of two-dimensional slices.
+
+    The compiler would accept it, although there is no such slice.
+    """
+    sizes = shape.split("x")
+    if kind in _PLANAR_TPUS and any(size != "1" for size in sizes[2:]):
+        raise ValueError(
+            f"--target tpu:{kind}:{shape}: slices of {kind} have two dimensions; for "
+            f"{sizes[-1]} slices write tpu:{kind}:{'x'.join(sizes[:-1])}"
+            f":slices={sizes[-1]}"
+        )
 
 
 def _gpu_topology(kind: str, shape: str) -> Sequence:

@@ -1,12 +1,13 @@
 """Text tables of collective ops."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 
-from localsgd_jax.analysis.ops import Branch, CollectiveOp, Loop
+from localsgd_jax.analysis.collective_op import Branch, CollectiveOp, Loop
 
 _HEADINGS = (
-    *("collective", "type", "bytes", "sent", "axes"),
+    *("collective", "type", "bytes", "sent ICI", "sent DCN", "axes"),
     *("control flow", "overlaps", "source"),
 )
 
@@ -15,9 +16,10 @@ def format_table(ops: Iterable[CollectiveOp]) -> str:
     """Formats collective ops as a table, one line per op.
 
     The columns: name, element types, bytes of the operands on a device, bytes that a
-    device sends per execution, mesh axes, loops and branches around the op ("always" if
-    there are none), opcodes that run between start and done ("synchronous" if the
-    devices wait for the op), and source location.
+    device sends per execution inside its TPU slice or host (ICI) and across slices or
+    hosts (DCN), mesh axes, loops and branches around the op ("always" if there are
+    none), opcodes that run between start and done ("synchronous" if the devices wait
+    for the op), and source location. Unknown numbers and axes are "?".
 
     Args:
       ops: collective ops.
@@ -30,8 +32,8 @@ def format_table(ops: Iterable[CollectiveOp]) -> str:
       >>> op = CollectiveOp("all-reduce", ("f32",), 80, 140.0, groups, ("worker",),
       ...                   (Loop("while", 3),))
       >>> print(format_table([op]))
-      collective  type  bytes  sent  axes    control flow  overlaps     source
-      all-reduce  f32   80     140   worker  loop of 3     synchronous  unknown
+      collective  type  bytes  sent ICI  sent DCN  axes    control flow  overlaps     source
+      all-reduce  f32   80     140       0         worker  loop of 3     synchronous  unknown
     """
     rows = [_HEADINGS, *map(_format_row, ops)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -39,13 +41,24 @@ def format_table(ops: Iterable[CollectiveOp]) -> str:
     return "\n".join(lines)
 
 
+def describe_op(op: CollectiveOp) -> str:
+    """Returns the name of an op, with the reason if it is not understood."""
+    return f"{op.name}: {op.problem}" if op.problem else op.name
+
+
+def _format_bytes(sent: float) -> str:
+    """Formats bytes; "?" for an op that is not understood."""
+    return "?" if math.isinf(sent) else f"{sent:.0f}"
+
+
 def _format_row(op: CollectiveOp) -> tuple[str, ...]:
     """Formats the cells of an op."""
     return (
-        op.name,
+        describe_op(op),
         "+".join(op.dtypes),
         f"{op.bytes}",
-        f"{op.bytes_sent:.0f}",
+        _format_bytes(op.ici_bytes_sent),
+        _format_bytes(op.dcn_bytes_sent),
         "?" if op.axes is None else "+".join(op.axes) or "none",
         ", ".join(map(_format_control_flow, op.control_flow)) or "always",
         _format_overlap(op.overlapped_ops),

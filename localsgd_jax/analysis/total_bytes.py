@@ -1,18 +1,30 @@
 """Bytes sent by a program with loops and conditionals."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from localsgd_jax.analysis.ops import Branch, CollectiveOp, Loop, filter_by_axis
+from localsgd_jax.analysis.collective_op import (
+    Branch,
+    CollectiveOp,
+    Loop,
+    filter_by_axis,
+)
 
 # Minimum and maximum bytes.
 _Range: TypeAlias = tuple[float, float]
+_BYTES_OF_NETWORK: Mapping[str | None, Callable[[CollectiveOp], float]] = {
+    None: lambda op: op.bytes_sent,
+    "ici": lambda op: op.ici_bytes_sent,
+    "dcn": lambda op: op.dcn_bytes_sent,
+}
 
 
 def total_bytes_sent(
-    ops: Iterable[CollectiveOp], axis: str | Sequence[str] | None = None
+    ops: Iterable[CollectiveOp],
+    axis: str | Sequence[str] | None = None,
+    network: str | None = None,
 ) -> tuple[float, float]:
     """Returns the minimum and maximum bytes that a device sends per execution.
 
@@ -23,10 +35,15 @@ def total_bytes_sent(
       ops: collective ops of one program.
       axis: one mesh axis, or several; None for all. An op along several axes counts
         for each of them.
+      network: "ici" for the bytes inside a TPU slice or host, "dcn" for those across
+        slices or hosts; None for both.
 
     Returns:
-      The minimum and maximum bytes. A loop without a static trip count contributes 0
-      to the minimum and infinity to the maximum.
+      The minimum and maximum bytes. A loop without a static trip count, or an op that
+      is not understood, contributes 0 to the minimum and infinity to the maximum.
+
+    Raises:
+      ValueError: if the network is neither.
 
     Example:
       >>> groups = ((0, 1, 2, 3, 4, 5, 6, 7),)
@@ -35,9 +52,13 @@ def total_bytes_sent(
       >>> total_bytes_sent([psum]), total_bytes_sent([psum], axis="model")
       ((0, 420.0), (0, 0))
     """
+    if network not in _BYTES_OF_NETWORK:
+        raise ValueError(
+            f'total_bytes_sent(network): must be "ici", "dcn" or None, got {network!r}'
+        )
     root = _Sequence()
     for op in filter_by_axis(ops, axis):
-        root.add(op.control_flow, op.bytes_sent)
+        root.add(op.control_flow, _BYTES_OF_NETWORK[network](op))
     return root.bytes_range()
 
 
@@ -70,7 +91,7 @@ class _Sequence:
 
     def bytes_range(self) -> _Range:
         """Returns the sum over the node."""
-        parts = [(sent, sent) for sent in self.ops]
+        parts = [(0 if math.isinf(sent) else sent, sent) for sent in self.ops]
         parts += [_loop_range(loop, body) for loop, body in self.loops.items()]
         parts += map(_conditional_range, self.conditionals.values())
         min_bytes = sum(low for low, _ in parts)
@@ -82,6 +103,8 @@ def _loop_range(loop: Loop, body: _Sequence) -> _Range:
     min_bytes, max_bytes = body.bytes_range()
     if loop.trip_count is None:
         return 0, math.inf if max_bytes else 0
+    if not loop.trip_count:
+        return 0, 0
     return loop.trip_count * min_bytes, loop.trip_count * max_bytes
 
 

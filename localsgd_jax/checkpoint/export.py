@@ -2,7 +2,7 @@
 
 import os
 
-from localsgd_jax.checkpoint.storage import import_orbax
+from localsgd_jax.checkpoint.orbax_backend import import_orbax
 from localsgd_jax.core.types import PyTree
 
 

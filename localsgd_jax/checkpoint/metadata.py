@@ -11,20 +11,24 @@ The checkpoint of step n is the directory `n/` with two Orbax items:
       leaves         dtype and shape of each leaf, without the worker axis
       num_workers    K, the length of the worker axes
       examples_seen  examples consumed by all workers since the start of the run
+      step           n
+      digests        digests of each leaf, one per worker or a single one
+      digest         SHA-256 of all other entries
 
 The metadata up to `leaves` must be equal in the run that restores the checkpoint.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-
+from localsgd_jax.checkpoint.digests import json_digest
+from localsgd_jax.checkpoint.errors import Damage
+from localsgd_jax.checkpoint.leaves import piece_counts, state_leaves
 from localsgd_jax.core.types import Cluster, State
 
-FORMAT_VERSION = 2
-MAX_LEAVES_IN_MESSAGE = 5
+FORMAT_VERSION = 3
+MAX_ITEMS_IN_MESSAGE = 5
 
 
 def run_fingerprint(cluster: Cluster, seed: int, config: Mapping | None) -> dict:
@@ -50,13 +54,65 @@ def run_fingerprint(cluster: Cluster, seed: int, config: Mapping | None) -> dict
 
 
 def describe_leaves(state: State) -> dict[str, str]:
-    """Returns dtype and shape of each leaf, without the worker axis, by path."""
-    described = {}
-    for field in ("workers", "local", "shared"):
-        for path, leaf in jax.tree.leaves_with_path(getattr(state, field)):
-            shape = leaf.shape if field == "shared" else leaf.shape[1:]
-            described[field + jax.tree_util.keystr(path)] = f"{leaf.dtype}{list(shape)}"
+    """Returns dtype and shape of each leaf, without the worker axis, by path.
+
+    The number of pieces is added for a leaf whose order depends on it.
+    """
+    described, pieces = {}, piece_counts(state)
+    for path, leaf, has_rows in state_leaves(state):
+        if path in ("step", "round"):
+            continue
+        shape = leaf.shape[1:] if has_rows else leaf.shape
+        described[path] = f"{leaf.dtype}{list(shape)}"
+        if path in pieces:
+            sizes = (f"{name}={size}" for name, size in pieces[path].items())
+            described[path] += f" of pieces {', '.join(sizes)}"
     return described
+
+
+def seal(values: Mapping[str, Any]) -> dict:
+    """Returns JSON-compatible metadata with its digest."""
+    return {**values, "digest": json_digest(values)}
+
+
+def check_seal(step: int, stored: object) -> dict:
+    """Checks the digest of stored metadata.
+
+    Args:
+      step: number of the checkpoint.
+      stored: metadata as read.
+
+    Returns:
+      The metadata. Those of another format, without a digest, are not checked.
+
+    Raises:
+      Damage: if they differ from the metadata as written.
+    """
+    if not isinstance(stored, dict):
+        raise Damage("metadata: no JSON object")
+    values = {name: value for name, value in stored.items() if name != "digest"}
+    if "digest" not in stored and stored.get("format") != FORMAT_VERSION:
+        return stored
+    if stored.get("digest") != json_digest(values):
+        raise Damage("metadata: digest differs")
+    if stored.get("format") == FORMAT_VERSION and stored["step"] != step:
+        raise Damage(f"metadata: of step {stored['step']}")
+    return stored
+
+
+def compare_digests(path: str, stored: Sequence[str], found: Sequence[str]) -> None:
+    """Raises Damage with the path and the workers of a leaf with other digests."""
+    different = [
+        k for k, (a, b) in enumerate(zip(stored, found, strict=True)) if a != b
+    ]
+    if not different:
+        return
+    if len(stored) == 1:
+        raise Damage(f"leaf {path}: digest differs")
+    workers = ", ".join(map(str, different[:MAX_ITEMS_IN_MESSAGE]))
+    if len(different) > MAX_ITEMS_IN_MESSAGE:
+        workers += f" and {len(different) - MAX_ITEMS_IN_MESSAGE} more"
+    raise Damage(f"leaf {path}: digest differs for worker {workers}")
 
 
 def mismatches(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
@@ -69,8 +125,10 @@ def mismatches(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[st
     Returns:
       The lines; empty if the checkpoint matches.
     """
+    if stored.get("format") != current["format"]:
+        return [_difference("format", stored.get("format"), current["format"])]
     lines = [
-        f"{name}: {stored.get(name)!r} in the checkpoint, {value!r} in this run"
+        _difference(name, stored.get(name), value)
         for name, value in current.items()
         if name != "leaves" and stored.get(name) != value
     ]
@@ -81,7 +139,12 @@ def mismatches(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[st
         for path in dict.fromkeys([*old, *new])
         if old.get(path) != new.get(path)
     ]
-    lines += leaves[:MAX_LEAVES_IN_MESSAGE]
-    if len(leaves) > MAX_LEAVES_IN_MESSAGE:
-        lines.append(f"and {len(leaves) - MAX_LEAVES_IN_MESSAGE} more leaves")
+    lines += leaves[:MAX_ITEMS_IN_MESSAGE]
+    if len(leaves) > MAX_ITEMS_IN_MESSAGE:
+        lines.append(f"and {len(leaves) - MAX_ITEMS_IN_MESSAGE} more leaves")
     return lines
+
+
+def _difference(name: str, stored: object, current: object) -> str:
+    """Formats a value of the checkpoint and that of this run."""
+    return f"{name}: {stored!r} in the checkpoint, {current!r} in this run"

@@ -1,26 +1,32 @@
 """Checkpointer of a run: saves while it trains, resumes on any number of workers."""
 
 import os
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 
-from localsgd_jax.checkpoint import metadata, resize
-from localsgd_jax.checkpoint.leaves import key_data, restore_target, wrap_keys
-from localsgd_jax.checkpoint.storage import CheckpointError, CheckpointStorage
-from localsgd_jax.core import train_state, validation
+from localsgd_jax.checkpoint import metadata
+from localsgd_jax.checkpoint.digests import leaf_digests
+from localsgd_jax.checkpoint.errors import CheckpointError, Damage
+from localsgd_jax.checkpoint.leaves import key_data, state_leaves
+from localsgd_jax.checkpoint.reader import CheckpointReader
+from localsgd_jax.checkpoint.storage import CheckpointStorage
+from localsgd_jax.core import pytrees, train_state, validation
 from localsgd_jax.core.types import Cluster, State
+from localsgd_jax.execution.ambient_mesh import without_mesh
 
 
 class RunCheckpointer:
     """Checkpoints of one run in a directory.
 
     A checkpoint holds the complete state with the rule's anchors and residuals and the
-    counters of the schedule, the number of examples seen, and a fingerprint of the
-    run (`localsgd_jax.checkpoint.metadata`). It is written in the background and
-    becomes visible only when it is complete. If the run is killed, the previous
-    checkpoint is intact.
+    counters of the schedule, the number of examples seen, a fingerprint of the run
+    (`localsgd_jax.checkpoint.metadata`), and digests of all of them. It is written in
+    the background and becomes visible only when it is complete. If the run is killed,
+    the previous checkpoint is intact. The directory is locked until `close` or the end
+    of the process.
     """
 
     def __init__(
@@ -32,6 +38,7 @@ class RunCheckpointer:
         seed: int = 0,
         config: Mapping[str, Any] | None = None,
         process_local: bool = False,
+        read_only: bool = False,
     ) -> None:
         """Opens a directory; creates it if it does not exist.
 
@@ -44,9 +51,13 @@ class RunCheckpointer:
             data set: numbers, strings, lists and dicts of them.
           process_local: whether this process reads and writes without barriers, since
             other processes may have failed. Then only process 0 may save.
+          read_only: whether the directory is only read, also while another process
+            writes. It is not locked and must exist.
 
         Raises:
           ImportError: if orbax-checkpoint is not installed.
+          CheckpointError: if the directory cannot be created or written, or is in use
+            by another process.
           ValueError: if max_to_keep < 1 or seed < 0.
           TypeError: if `config` is not JSON serializable.
 
@@ -79,8 +90,11 @@ class RunCheckpointer:
         validation.check_int(f"{name}(seed)", "seed", seed, 0)
         self._cluster, self._examples_seen = cluster, 0
         self._fingerprint = metadata.run_fingerprint(cluster, int(seed), config)
-        self._storage = CheckpointStorage(directory, max_to_keep, process_local)
+        self._storage = CheckpointStorage(
+            directory, max_to_keep, process_local, read_only
+        )
 
+    @without_mesh
     def save(self, state: State, examples_seen: int = 0) -> None:
         """Saves a state; returns when it is copied and writes in the background.
 
@@ -89,9 +103,18 @@ class RunCheckpointer:
           examples_seen: examples consumed by all workers since `restore`.
 
         Raises:
-          CheckpointError: if there is a checkpoint of this or a later step, or if this
-            checkpoint or the one before could not be written, such as to a full disk.
+          CheckpointError: if there is a checkpoint of this or a later step, if this
+            checkpoint or the one before could not be written, such as to a full disk,
+            if the checkpointer is closed or read only, or if another process has taken
+            the directory.
+          TypeError: if `state` is not a `State` or `examples_seen` is not an int.
+          ValueError: if `examples_seen` < 0, or the state was donated.
         """
+        seen = validation.check_int(
+            "save(examples_seen)", "examples_seen", examples_seen, 0
+        )
+        leaves = _checked_leaves("save(state)", state)
+        self._storage.check_writable("save(state)")
         step, latest = int(state.step), self._storage.latest_step()
         if latest is not None and step <= latest:
             raise CheckpointError(
@@ -99,20 +122,25 @@ class RunCheckpointer:
                 f"{latest} already, got a state of step {step}; restore it, or use "
                 "another directory"
             )
-        leaves = [key_data(leaf) for leaf in jax.tree.leaves(state)]
-        self._storage.write(
-            step,
-            leaves,
-            self._fingerprint
-            | {
-                "leaves": metadata.describe_leaves(state),
-                "num_workers": self._cluster.num_workers,
-                "examples_seen": self._examples_seen + examples_seen,
-            },
-        )
+        arrays = [key_data(leaf.value) for leaf in leaves]
+        digests = leaf_digests(arrays, [leaf.has_rows for leaf in leaves])
+        paths = [leaf.path for leaf in leaves]
+        values = self._fingerprint | {
+            "leaves": metadata.describe_leaves(state),
+            "num_workers": self._cluster.num_workers,
+            "examples_seen": self._examples_seen + seen,
+            "step": step,
+            "digests": dict(zip(paths, digests, strict=True)),
+        }
+        self._storage.write(step, arrays, metadata.seal(values))
 
+    @without_mesh
     def restore(
-        self, state: State, *, reset_fields: Iterable[str] = ()
+        self,
+        state: State,
+        *,
+        reset_fields: Iterable[str] = (),
+        fallback: bool = False,
     ) -> tuple[State, int]:
         """Restores the latest checkpoint, bitwise, onto any placement of the workers.
 
@@ -127,36 +155,58 @@ class RunCheckpointer:
         `examples_seen`, `shuffled_batches` continues on any number of workers without
         losing or repeating an example.
 
+        The digests of all leaves and of the metadata are compared with those of the
+        state that was saved. A change within one 32-bit word is always detected, other
+        damage with probability 1 − 2⁻⁶⁴.
+
         Args:
-          state: initial state from `cluster.init`. It is returned if there is no
-            checkpoint; otherwise the checkpoint must match it.
+          state: initial state from `cluster.init`, which is returned if there is no
+            checkpoint. Otherwise the checkpoint must match it. It may be abstract, from
+            `cluster.init` of `jax.ShapeDtypeStruct`s, so that only the restored state
+            is in memory; then there must be a checkpoint.
           reset_fields: fields of the train state that are re-initialised if K changes,
             such as `["opt_state"]`: they are taken from `state`.
+          fallback: whether an earlier checkpoint is restored if the latest is damaged.
+            A warning says which. The damaged checkpoint `N` is renamed to `N.damaged`.
 
         Returns:
-          The state, and the number of examples seen by all workers: `examples_seen` of
-          `shuffled_batches`.
+          The state, whose `step` tells the checkpoint, and the number of examples seen
+          by all workers: `examples_seen` of `shuffled_batches`.
 
         Raises:
           CheckpointError: if the checkpoint has another model, rule, seed or
-            configuration, with the differences, or if it is damaged.
-          ValueError: if a reset field does not exist.
+            configuration, with the differences; or if it is damaged, with what is
+            damaged and the latest intact checkpoint before it.
+          TypeError: if `state` is not a `State`.
+          ValueError: if a reset field does not exist, or the state is abstract and a
+            field is reset.
         """
-        step = self._storage.latest_step()
-        if step is None:
+        _checked_leaves("restore(state)", state)
+        names, steps = tuple(reset_fields), self._storage.steps()
+        if not steps:
+            if pytrees.is_abstract(state):
+                raise CheckpointError(
+                    f"restore(state): {self._storage.directory} has no checkpoint, and "
+                    "the state is abstract; pass arrays"
+                )
             return state, 0
-        stored = self._storage.read_metadata(step)
-        self._check_run(step, stored, state)
-        names = tuple(reset_fields)
-        initial = train_state.get_fields(state.workers, names) if names else {}
-        if stored["num_workers"] == self._cluster.num_workers:
-            restored = self._restore(step, state)
-        else:
-            restored = self._restore_resized(step, state, stored["num_workers"])
+        initial = _initial_fields(state, names) if names else {}
+        step, stored, restored = self._restore_latest(state, steps, fallback)
+        if stored["num_workers"] != self._cluster.num_workers:
             workers = train_state.replace_fields(restored.workers, initial)
             restored = restored._replace(workers=workers)
         self._examples_seen = stored["examples_seen"]
         return restored, self._examples_seen
+
+    def latest_step(self) -> int | None:
+        """Returns the step of the latest complete checkpoint, or None.
+
+        Waits for a write in the background. The checkpoint is not checked.
+
+        Raises:
+          CheckpointError: if the write has failed.
+        """
+        return max(self._storage.steps(), default=None)
 
     def close(self) -> None:
         """Waits until all checkpoints are written.
@@ -174,24 +224,108 @@ class RunCheckpointer:
         """Waits until all checkpoints are written."""
         self.close()
 
-    def _check_run(self, step: int, stored: Mapping, state: State) -> None:
-        """Raises if a checkpoint is of another model, rule, seed or configuration."""
+    def _restore_latest(
+        self, state: State, steps: Sequence[int], fallback: bool
+    ) -> tuple[int, dict, State]:
+        """Restores the latest checkpoint, or with `fallback` the latest intact one.
+
+        Returns:
+          Step, metadata and state.
+        """
+        reader = self._reader()
+        damages: dict[int, Damage] = {}
+        for step in reversed(steps):
+            try:
+                stored = self._read_metadata(reader, step, state)
+                restored = reader.read_state(step, stored, state)
+            except Damage as damage:
+                if not fallback:
+                    raise self._damaged(reader, state, steps, damage) from damage
+                damages[step] = damage
+                continue
+            if damages:
+                self._storage.set_aside([*damages])
+                warnings.warn(
+                    f"restore(fallback=True): restored checkpoint {step} in "
+                    f"{self._storage.directory}; {_format_damages(damages)}",
+                    stacklevel=5,
+                )
+            return step, stored, restored
+        raise CheckpointError(
+            f"restore(state): no checkpoint in {self._storage.directory} is intact; "
+            + _format_damages(damages)
+        )
+
+    def _damaged(
+        self,
+        reader: CheckpointReader,
+        state: State,
+        steps: Sequence[int],
+        damage: Damage,
+    ) -> CheckpointError:
+        """Returns the error for a damaged latest checkpoint, with an intact one."""
+        *earlier, latest = steps
+        remedy = "no checkpoint before it is intact"
+        for step in reversed(earlier):
+            try:
+                stored = self._read_metadata(reader, step, state)
+                reader.check_state(step, stored, state)
+            except (Damage, CheckpointError):
+                continue
+            remedy = (
+                f"checkpoint {step} before it is intact: restore(state, fallback=True) "
+                "restores it"
+            )
+            break
+        return CheckpointError(
+            f"restore(state): checkpoint {latest} in {self._storage.directory} is "
+            f"damaged ({damage}); {remedy}"
+        )
+
+    def _read_metadata(self, reader: CheckpointReader, step: int, state: State) -> dict:
+        """Reads metadata; raises if they are of another model, rule, seed or config."""
+        stored = reader.read_metadata(step)
         current = self._fingerprint | {"leaves": metadata.describe_leaves(state)}
         if differences := metadata.mismatches(stored, current):
             raise CheckpointError(
                 f"restore(state): checkpoint {step} in {self._storage.directory} does "
                 "not match this run: " + "; ".join(differences)
             )
+        return stored
 
-    def _restore(self, step: int, state: State) -> State:
-        """Restores a checkpoint of the same number of workers, directly to devices."""
-        leaves, structure = jax.tree.flatten(state)
-        targets = [restore_target(leaf) for leaf in leaves]
-        stored = self._storage.read_leaves(step, targets)
-        return structure.unflatten(map(wrap_keys, stored, leaves))
+    def _reader(self) -> CheckpointReader:
+        """Returns a reader of the directory."""
+        return CheckpointReader(self._storage.directory, self._storage.processes)
 
-    def _restore_resized(self, step: int, state: State, num_workers: int) -> State:
-        """Restores a checkpoint of another number of workers through host memory."""
-        targets, structure = jax.tree.flatten(resize.host_targets(state, num_workers))
-        stored = self._storage.read_leaves(step, targets)
-        return resize.resize_workers(structure.unflatten(stored), state)
+
+def _checked_leaves(call: str, state: State) -> list:
+    """Returns the leaves of an argument that must be a state with live buffers."""
+    if not isinstance(state, State):
+        raise TypeError(
+            f"{call}: state must be a State, such as from cluster.init, got "
+            f"{type(state).__name__}"
+        )
+    leaves = state_leaves(state)
+    for leaf in leaves:
+        if isinstance(leaf.value, jax.Array) and leaf.value.is_deleted():
+            raise ValueError(
+                f"{call}: state must not be donated, got a deleted leaf {leaf.path}; "
+                "use the state that the call returned"
+            )
+    return leaves
+
+
+def _initial_fields(state: State, names: Sequence[str]) -> dict:
+    """Returns the fields of the initial workers that replace the restored ones."""
+    initial = train_state.get_fields(state.workers, names)
+    if pytrees.is_abstract(initial):
+        raise ValueError(
+            "restore(state, reset_fields): state must hold arrays to reset fields, got "
+            "an abstract state"
+        )
+    return initial
+
+
+def _format_damages(damages: Mapping[int, Damage]) -> str:
+    """Formats the damaged checkpoints, one after another."""
+    return "; ".join(f"{step} is damaged ({text})" for step, text in damages.items())

@@ -46,9 +46,10 @@ class _MeshAxes(click.ParamType):
 )
 @click.option(
     "--target",
-    help="Devices to compile for, which need not be present: tpu:v5e:2x4, gpu:h100:8, "
-    "gpu:h100:2x8. Needs the extra audit-tpu or audit-gpu.  [default: the local "
-    "devices; 8 emulated devices on a CPU]",
+    help="Devices to compile for, which need not be present: tpu:v5e:2x4, two slices "
+    "tpu:v5e:4x4:slices=2, gpu:h100:8, two hosts gpu:h100:2x8. Needs the extra "
+    "audit-tpu or audit-gpu.  [default: the local devices; 8 emulated devices on a "
+    "CPU]",
 )
 @click.option(
     "--mesh",
@@ -71,8 +72,10 @@ def audit(
     FUNCTION takes a mesh and returns the function to audit and its arguments, which
     may be jax.ShapeDtypeStruct. The function is compiled and not run.
 
+    Bytes inside TPU slices or hosts (ICI) and across them (DCN) are given apart.
+
     Exits with 1 if the program contains collectives along the axis that its kind does
-    not allow.
+    not allow, or instructions that may leave a device and are not understood.
     """
     from localsgd_jax.analysis import compile_targets, entry_point, program_audit
 

@@ -74,7 +74,8 @@ class ProcessRange(click.ParamType):
     show_default=True,
     type=float,
     callback=_check_grace_period,
-    help="Seconds from SIGTERM to SIGKILL.",
+    help="Seconds from SIGTERM to SIGKILL, and from the abort of another process to "
+    "SIGKILL of a process 0 that does not respond (--elastic).",
 )
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 def launch(

@@ -27,8 +27,9 @@ class SyncContext(NamedTuple):
       axes: for each worker axis, outermost first, the mesh and vmap axes that carry
         it, such as `{"worker": ("worker", VmapAxis("lane"))}`. Only
         `core.collectives` reads it.
-      round: number of this round, 1 for the first: an unbatched int32 scalar, or a
-        Python int when the bytes of a round are counted.
+      round: number of this round, 1 for the first: an unbatched int32 scalar, a Python
+        int when the bytes of a round are counted, or in the programs of `train` a
+        `CyclicRound`, whose remainders are Python ints.
       weight: weight of this worker in the mean, a float scalar, or None for equal
         weights.
       specs: `PartitionSpec` of each leaf of the tree over the axes inside a worker;
@@ -99,7 +100,8 @@ class Sharded:
     @classmethod
     def tree_unflatten(cls, specs: tuple, children: tuple) -> "Sharded":
         """Inverts `tree_flatten`."""
-        return cls(*children, specs)
+        (tree,) = children
+        return cls(tree, specs)
 
 
 @jax.tree_util.register_static
@@ -202,7 +204,9 @@ class Cluster(NamedTuple):
     Attributes:
       init: `init(params) -> State`; every worker starts from `params`. Given
         `jax.ShapeDtypeStruct` leaves, it returns such leaves with shardings, for
-        compilation.
+        compilation. Given a function without arguments that makes the parameters, it
+        creates them in the program that creates the state, sharded by the metadata of
+        the model or by the `out_shardings` of `jax.jit`.
       step: `step(state, batch) -> (state, metrics)`, one local step; leaves `(K, B,
         ...)` in, `(K, ...)` out. It contains no collectives along worker axes.
       sync: `sync(state, weight=None) -> state`; one round of communication.

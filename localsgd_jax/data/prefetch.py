@@ -14,6 +14,7 @@ import numpy as np
 from localsgd_jax.core.pytrees import stack_leaves
 from localsgd_jax.core.types import PyTree
 from localsgd_jax.distributed.coordination import CoordinationError, Coordinator
+from localsgd_jax.distributed.meshes import NO_MESH, ambient_mesh
 from localsgd_jax.distributed.mismatches import describe_mismatches
 
 
@@ -72,7 +73,10 @@ class Prefetcher:
     def next_batches(self, count: int) -> PyTree:
         """Removes `count` batches; returns them on devices, leaves (H, K, B, ...)."""
         batches = [self._buffer.popleft()[1] for _ in range(count)]
-        return self._put(stack_leaves(*batches), time=True)
+        # Batches may be on a mesh with other axis types than the ambient mesh.
+        with ambient_mesh(NO_MESH):
+            stacked = stack_leaves(*batches)
+        return self._put(stacked, time=True)
 
     def _check_structure(self, batch: PyTree) -> tuple:
         """Returns shape and dtype of each leaf; raises if the structure differs."""

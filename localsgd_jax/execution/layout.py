@@ -128,7 +128,7 @@ class Layout:
         rows = self.names if rows == () else rows
         specs = state.specs
 
-        def place(part: PyTree, specs: Sequence[P] | None, *leading: Any) -> PyTree:
+        def shard(part: PyTree, specs: Sequence[P] | None, *leading: Any) -> PyTree:
             structure = jax.tree.structure(part)
             specs = [P()] * structure.num_leaves if specs is None else specs
             shardings = [NamedSharding(self._mesh, P(*leading, *s)) for s in specs]
@@ -139,9 +139,9 @@ class Layout:
             step=replicated,
             # A number with a static residue is a pytree of one leaf.
             round=jax.tree.map(lambda leaf: replicated, state.round),
-            workers=place(state.workers, specs and specs.workers, rows),
-            local=place(state.local, specs and specs.local, rows),
-            shared=place(state.shared, specs and specs.shared),
+            workers=shard(state.workers, specs and specs.workers, rows),
+            local=shard(state.local, specs and specs.local, rows),
+            shared=shard(state.shared, specs and specs.shared),
         )
 
     def constrain(self, state: State) -> State:
@@ -168,7 +168,8 @@ class Layout:
         sizes = self.inner_axes
         if not sizes:
             return contextlib.nullcontext()
-        mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+        automatic = (AxisType.Auto,) * len(sizes)
+        mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=automatic)
         return jax.sharding.use_abstract_mesh(mesh)
 
     def ambient(self) -> contextlib.AbstractContextManager:

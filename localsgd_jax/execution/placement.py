@@ -6,6 +6,7 @@ The only module that uses shard_map and, with `replication`, vmap over workers.
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -182,9 +183,16 @@ def _build_cluster(
     return cluster if layout.mesh is None else in_mesh(layout.mesh, cluster)
 
 
-def _init(algorithm: Algorithm, layout: Layout, params: PyTree) -> State:
+def _init(
+    algorithm: Algorithm, layout: Layout, params: PyTree | Callable[[], PyTree]
+) -> State:
     """Initialises the state, after comparing the configuration of all processes."""
-    mesh = layout.mesh
+    mesh, make_params = layout.mesh, None
+    if callable(params):
+        if mesh is None:
+            params = params()
+        else:
+            make_params, params = params, _abstract_result(params)
     if mesh is not None and mesh.is_multi_process and not pytrees.is_abstract(params):
         fingerprint = {
             "workers": layout.num_workers,
@@ -194,7 +202,17 @@ def _init(algorithm: Algorithm, layout: Layout, params: PyTree) -> State:
         }
         holders = arrays.processes_of(NamedSharding(mesh, P()))
         coordination.assert_equal_across_processes("init(params)", fingerprint, holders)
-    return init_state(algorithm, layout, shard_params(algorithm, layout, params))
+    params = shard_params(algorithm, layout, params)
+    return init_state(algorithm, layout, params, make_params=make_params)
+
+
+def _abstract_result(make_params: Callable[[], PyTree]) -> PyTree:
+    """Returns the shapes of new parameters, with the shardings of a jitted function."""
+    if not hasattr(make_params, "lower"):
+        return jax.eval_shape(make_params)
+    compiled = cast(Any, make_params).lower().compile()
+    shapes = jax.eval_shape(make_params)
+    return pytrees.with_shardings(shapes, compiled.output_shardings)
 
 
 def _run_step(

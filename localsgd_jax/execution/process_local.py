@@ -267,7 +267,7 @@ def _init(
 ) -> State:
     """Initialises the local workers as workers `first`, `first` + 1, … of K."""
     params = shard_params(algorithm, local, params)
-    return init_state(algorithm, local, params, first, workers)
+    return init_state(algorithm, local, params, first=first, num_workers=workers)
 
 
 def _replicate(

@@ -1,5 +1,6 @@
 """Initial state of workers: replication, per-worker keys and shardings."""
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -17,6 +18,8 @@ def init_state(
     algorithm: Algorithm,
     layout: Layout,
     params: PyTree,
+    *,
+    make_params: Callable[[], PyTree] | None = None,
     first: int = 0,
     num_workers: int | None = None,
 ) -> State:
@@ -29,6 +32,7 @@ def init_state(
       algorithm: initialises the worker and the rule state.
       layout: positions of the workers.
       params: arrays, or `jax.ShapeDtypeStruct`s.
+      make_params: makes the arrays, if `params` only describes them.
       first: global index of the first worker of the layout.
       num_workers: K, if the layout holds only a part of the workers.
 
@@ -50,6 +54,8 @@ def init_state(
     if layout.mesh is None:
         return shapes
     shardings = layout.state_shardings(shapes)
+    if make_params is not None:
+        return jax.jit(lambda: build(make_params()), out_shardings=shardings)()
     if pytrees.is_abstract(params):
         return pytrees.with_shardings(shapes, shardings)
     placed = jax.tree.map(

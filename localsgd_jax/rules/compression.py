@@ -275,20 +275,23 @@ def _encoded_exchange(codec: Codec, seed: int, axes: MeanAxes) -> Callable:
             keys = jax.vmap(jax.random.fold_in, (0, None))(keys, piece.index)
 
         multiple = row_multiple(codec.block_size, vector.size // count)
-        encoded = codec.encode(split_rows(vector, count, multiple), keys[0])
+        rows = split_rows(vector, count, multiple)
+        encoded = codec.encode(rows, keys[0])
         worker_error = vector - join_rows(codec.decode(encoded), vector.size)
         received = codec.decode(collectives.all_to_all(encoded, context, axes))
         weights = collectives.gathered_weights(context, axes)[:, None]
         chunk = jnp.sum(weighted_or_zero(weights, received), axis=0)
         chunk = chunk / safe_total(weights)
 
-        errors = split_rows(server_error, count, multiple)
-        chunk = chunk + errors[index]
+        errors = jnp.pad(server_error, (0, rows.size - vector.size))
+        start = index * chunk.size
+        chunk = chunk + jax.lax.dynamic_slice_in_dim(errors, start, chunk.size)
         encoded_chunk = codec.encode(chunk, keys[1])
-        errors = jnp.zeros_like(errors)
-        errors = errors.at[index].set(chunk - codec.decode(encoded_chunk))
+        error = chunk - codec.decode(encoded_chunk)
+        zeros = jnp.zeros_like(errors)
+        errors = jax.lax.dynamic_update_slice_in_dim(zeros, error, start, 0)
         chunks = codec.decode(collectives.all_gather(encoded_chunk, context, axes))
         mean = join_rows(chunks, vector.size)
-        return mean, worker_error, join_rows(errors, vector.size)
+        return mean, worker_error, errors[: vector.size]
 
     return exchange

@@ -138,7 +138,7 @@ def _gram_matrix(tree: PyTree, context: SyncContext) -> jax.Array:
 def _inner_product(a: PyTree, b: PyTree) -> jax.Array:
     """Returns ⟨a, b⟩; unlike `optax.tree.vdot` without flattening sharded leaves."""
     products = jax.tree.map(lambda x, y: jnp.sum(jnp.conj(x) * y), a, b)
-    return sum(jax.tree.leaves(products))
+    return jax.tree.reduce(jnp.add, products)
 
 
 def _mean_cosine(gram: jax.Array, active: jax.Array) -> jax.Array:

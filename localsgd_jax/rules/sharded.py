@@ -113,7 +113,7 @@ def _scattered_mean(vectors: dict, workers: int, context: SyncContext) -> dict:
 
 
 def _gathered(shards: dict, vectors: dict, context: SyncContext) -> dict:
-    """Returns the vectors whose shards the workers hold."""
+    """Returns the complete vectors from the shards of all workers."""
 
     def gather(context: SyncContext, shards: dict, vectors: dict) -> dict:
         rows = collectives.all_gather(shards, context)

@@ -207,7 +207,7 @@ def _apply(
 
 
 def _slice_specs(group: list[LeafSlice], specs: PyTree | None) -> list | None:
-    """Returns the specs of the slices of a fragment, which are those of the leaves."""
+    """Returns the specs of the leaves of a fragment, which are kept by slices."""
     if specs is None:
         return None
     leaves = jax.tree.leaves(specs)

@@ -199,7 +199,7 @@ def test_library_programs_on_a_target(family, name, kind):
     "name, kinds, dtypes",
     [
         ("gated_diloco", {"all-reduce"}, {"f32"}),
-        ("gated_quantized", {"all-to-all", "all-gather"}, {"u8"}),
+        ("gated_quantized", {"all-to-all", "all-gather"}, {"u8", "f32"}),
         ("gated_gossip", {"collective-permute"}, {"f32"}),
     ],
 )

@@ -312,7 +312,7 @@ def test_invalid_loss_raises(loss_fn, message):
 
 
 def stateless_rule(apply):
-    return lsgd.SyncRule(lambda tree: lsgd.RuleState(), apply)
+    return lsgd.SyncRule(lambda tree, specs: lsgd.RuleState(), apply)
 
 
 @pytest.mark.parametrize(
@@ -341,7 +341,7 @@ def test_invalid_rule_output_raises(rule, message):
 
 
 def test_rule_init_without_rule_state_raises():
-    rule = lsgd.SyncRule(lambda tree: None, lambda tree, state, context: (tree, state))
+    rule = lsgd.SyncRule(lambda tree, specs: None, lambda tree, state, context: (tree, state))
     with pytest.raises(TypeError, match="'params': init must return a RuleState"):
         init(rule)
 

@@ -17,11 +17,11 @@ NUM_PROCESSES = 3
 class Job:
     """Coordination service with one client for each of several threads."""
 
-    def __init__(self):
+    def __init__(self, recoverable):
         """Starts the service and connects the clients."""
         address = f"127.0.0.1:{free_port()}"
         self.service = _jax.get_distributed_runtime_service(
-            address, NUM_PROCESSES, shutdown_timeout=20
+            address, NUM_PROCESSES, shutdown_timeout=20, recoverable=recoverable
         )
         self.clients = [
             _jax.get_distributed_runtime_client(address, process, init_timeout=20)
@@ -53,11 +53,13 @@ class Job:
         self.service.shutdown()
 
 
-@pytest.fixture
-def job(monkeypatch):
-    job = Job()
+@pytest.fixture(params=[False, True], ids=["", "recoverable"])
+def job(request, monkeypatch):
+    job = Job(request.param)
     # Every thread has its own call counters, as every process has.
     states = [coordination.JobState() for _ in range(NUM_PROCESSES)]
+    for state in states:
+        state.recoverable = request.param
 
     class ThreadState:
         def __getattr__(self, name):
@@ -166,6 +168,19 @@ def test_all_gather_names_the_missing_process(job):
         "CoordinationError: train(batches): processes 0, 2 did not reach the barrier "
         "within 1 s (timeout)"
     )
+
+
+@pytest.mark.parametrize("job", [True], indirect=True, ids=["recoverable"])
+def test_failed_process_is_named_before_the_timeout(job):
+    job.run(lambda process: job.clients[process].shutdown(), [1])
+    found = job.run(lambda process: assert_equal({"H": process}), [0, 2])
+    failed = "train(): process 1 failed (exit or heartbeat timeout)"
+    message = f"CoordinationError: {failed}; H: 0 in process 0, 2 in process 2"
+    assert found == {0: message, 2: message}
+    exchange = job.run(lambda i: Coordinator("init()", [0, 1, 2]).all_gather(i), [0, 2])
+    assert set(exchange.values()) == {
+        "CoordinationError: init(): process 1 failed (exit or heartbeat timeout)"
+    }
 
 
 def test_broadcast_computes_in_the_lowest_process_only(job, monkeypatch):

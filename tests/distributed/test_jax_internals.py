@@ -28,6 +28,10 @@ def test_coordination_client_is_none_without_a_job():
     assert _jax_internals.coordination_client() is None
 
 
+def test_process_without_a_job_is_no_coordinator():
+    assert _jax_internals.is_coordinator() is False
+
+
 def test_backends_are_initialized():
     jax.devices()
     assert _jax_internals.backends_are_initialized() is True

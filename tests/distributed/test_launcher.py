@@ -1,5 +1,6 @@
 """`localsgd launch` with real processes and signals; no JAX in the processes."""
 
+import os
 import pathlib
 import shlex
 import signal
@@ -100,7 +101,7 @@ def test_progress_bar_is_forwarded(capfd):
     )
     assert launch(program, num_processes=1) == 0
     out = capfd.readouterr().out
-    assert out.count("[0] ") == 5 and "[0] 3/3" in out
+    assert sorted(out.split("\n")) == ["", "\r[0] 1/3\r[0] 2/3\r[0] 3/3", "[0] �"]
 
 
 def test_process_environment(capfd, monkeypatch):
@@ -190,6 +191,112 @@ def test_failed_job_is_restarted(capfd):
     lines = [line[4:] for line in sorted(out.splitlines())]
     assert len(lines) == 6 and len(set(lines)) == 3, "another port for each start"
     assert "restart 2 of 3 after exit code 137" in err and "restart 3" not in err
+
+
+LISTEN = (
+    "import socket\n"
+    "port = int(os.environ['LOCALSGD_COORDINATOR_ADDRESS'].partition(':')[2])\n"
+    "listener = socket.create_server(('127.0.0.1', port)) if not process else None\n"
+)
+STOP = "os.kill(os.getpid(), signal.SIGSTOP)\n"
+IF_FIRST_START = f"{RESTART_COUNT}if restarts: print('again'); sys.exit()\n"
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        pytest.param(
+            f"{LISTEN}if process: time.sleep(1); os.abort()\n{STOP}", id="aborted peer"
+        ),
+        pytest.param(f"if process: {SLEEP}{STOP}", id="stopped before it listens"),
+        in_full(f"{LISTEN}if process: sys.exit()\n{STOP}", id="other exits"),
+        in_full(f"{LISTEN}if process == 2: sys.exit(1)\n{STOP}", id="others stopped"),
+        in_full(f"{LISTEN}time.sleep(1)\n{STOP}", id="all stopped"),
+        in_full(
+            f"{LISTEN}if process == 2: time.sleep(1); os.abort()\n{STOP}",
+            id="several stopped",
+        ),
+    ],
+)
+def test_hanging_process_0_is_restarted(capfd, program):
+    changes = {"elastic": True, "max_restarts": 1, "grace_period": 2.0}
+    assert launch(IF_FIRST_START + program, num_processes=3, **changes) == 0
+    out, err = capfd.readouterr()
+    assert sorted(out.splitlines()) == [f"[{i}] again" for i in range(3)]
+    assert "process 0 has not responded for 2 s; killing all processes" in err
+    assert "restart 1 of 1 after exit code 134" in err
+
+
+@pytest.mark.full
+def test_repeatedly_stopped_slot_is_excluded(capfd):
+    """The others fail before it, because it does not respond."""
+    program = (
+        f"{RESTART_COUNT}if restarts == 2: sys.exit()\n"
+        f"if process == 1: {STOP}time.sleep(1)\nsys.exit(1)"
+    )
+    changes = {"min_processes": 2, "max_restarts": 2, "grace_period": 1.0}
+    assert launch(program, num_processes=3, **changes) == 0
+    assert "excluding slot 1: first to fail in two" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "serve",
+    [
+        in_full("time.sleep(5)", id="does not listen"),
+        pytest.param(
+            "end = time.monotonic() + 5\n"
+            "listener.settimeout(1)\n"
+            "while time.monotonic() < end:\n"
+            "    try: listener.accept()[0].sendall(b'settings')\n"
+            "    except TimeoutError: pass\n",
+            id="answers",
+        ),
+    ],
+)
+def test_abort_of_a_process_does_not_end_a_process_0_that_works(capfd, serve):
+    listen = LISTEN if "listener" in serve else ""
+    program = f"{listen}if process: os.abort()\n{serve}\nprint('done')"
+    assert launch(program, elastic=True, grace_period=1.0) == 0
+    out, err = capfd.readouterr()
+    assert out == "[0] done\n" and "has not responded" not in err
+
+
+def test_process_0_receives_reports_of_failures():
+    """Of exits, and of a process that has been stopped for the grace period."""
+    server = (
+        "if process == 1: sys.exit(3)\n"
+        f"if process == 2: {STOP}"
+        "reports = []\n"
+        "while len(reports) < 2:\n"
+        "    connection = listener.accept()[0]\n"
+        "    reports.append(connection.recv(1000).decode().strip())\n"
+        "    connection.close()\n"
+        'expected = [\'"failed": 1, "reason": "exited with 3"\', '
+        '\'"failed": 2, "reason": "has been stopped by a signal for 1 s"\']\n'
+        "sys.exit(not all(x in y for x, y in zip(expected, reports)))\n"
+    )
+    changes = {"elastic": True, "grace_period": 1.0}
+    assert launch(LISTEN + server, num_processes=3, **changes) == 0
+
+
+@pytest.mark.full
+def test_time_in_which_the_launcher_is_stopped_does_not_count():
+    """It is stopped for longer than the grace period, and process 0 as long."""
+    program = (
+        f"{LISTEN}if process: time.sleep(2); os.abort()\n"
+        "print(os.getpid(), flush=True)\nlistener.settimeout(1)\n"
+        "end = time.monotonic() + 9\n"
+        "while time.monotonic() < end:\n"
+        "    try: listener.accept()[0].sendall(b'settings')\n"
+        "    except TimeoutError: pass\n"
+    )
+    with start(program, "--elastic", "--grace-period", "4") as started:
+        pid = int(first_lines(started, 1)[0].split()[1])
+        for number in (signal.SIGSTOP, signal.SIGCONT):
+            started.send_signal(number)
+            os.kill(pid, number)
+            time.sleep(5 if number == signal.SIGSTOP else 0)
+        assert started.wait(30) == 0
 
 
 def program_with_failing_slot(slot):

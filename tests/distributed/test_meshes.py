@@ -1,13 +1,19 @@
 """Meshes of workers: positions across slices and processes, and invalid arguments."""
 
+import os
+import subprocess
+import sys
 import types
 
 import jax
 import numpy as np
 import pytest
+from harness.paths import PROGRAMS, PYTHONPATH
 from harness.selection import in_full
+from programs.slice_meshes import SLICE_MESHES, check_slice_mesh
 
 import localsgd_jax as lsgd
+from localsgd_jax.analysis import compile_targets
 from localsgd_jax.distributed import meshes
 
 
@@ -57,6 +63,13 @@ def test_worker_may_span_processes():
     eight = [device(i, i // 4) for i in range(8)]
     mesh = lsgd.worker_mesh(inner_axes={"model": 8}, devices=eight)
     assert process_of_positions(mesh) == [[0] * 4 + [1] * 4]
+    mesh = lsgd.worker_mesh(1, inner_axes={"data": 2, "model": 4}, devices=eight)
+    assert process_of_positions(mesh) == [[[0] * 4, [1] * 4]]
+    sixteen = [device(i, i // 4) for i in range(16)]
+    mesh = lsgd.worker_mesh(4, inner_axes={"model": 8}, devices=sixteen)
+    assert process_of_positions(mesh) == [[0] * 4 + [1] * 4, [2] * 4 + [3] * 4]
+    mesh = lsgd.worker_mesh(1, inner_axes={"model": 8}, devices=sixteen)
+    assert process_of_positions(mesh) == [[0] * 4 + [1] * 4]
 
 
 @pytest.mark.usefixtures("mesh_of_absent_devices")
@@ -69,6 +82,65 @@ def test_worker_axis_goes_across_slices():
     assert [d.slice_index for d in mesh.devices.flat] == [0, 1]
 
 
+def tpu_slices(count, shape):
+    """Returns the devices of TPU v5e slices, in the order of their coordinates."""
+    columns, rows = shape
+    return [
+        types.SimpleNamespace(
+            id=slice_index * 100_000 + row * columns + column,
+            process_index=(slice_index * rows + row) // 2,
+            slice_index=slice_index,
+            coords=(column, row, 0),
+            core_on_chip=0,
+            platform="tpu",
+            device_kind="TPU v5 lite",
+        )
+        for slice_index in range(count)
+        for row in range(rows)
+        for column in range(columns)
+    ]
+
+
+@pytest.mark.usefixtures("mesh_of_absent_devices")
+@pytest.mark.parametrize("case", SLICE_MESHES, ids=str)
+def test_worker_mesh_of_slices(case):
+    check_slice_mesh(case, tpu_slices(case.slices, case.chips))
+
+
+@pytest.mark.usefixtures("mesh_of_absent_devices")
+def test_inner_axes_span_neighbouring_chips():
+    """A worker on half a slice is a block of 4x2 chips."""
+    mesh = lsgd.worker_mesh(8, inner_axes={"fsdp": 8}, devices=tpu_slices(4, (4, 4)))
+    for row in mesh.devices:
+        columns, rows, _ = zip(*(device.coords for device in row), strict=True)
+        assert {len(set(columns)), len(set(rows))} == {4, 2}
+
+
+@pytest.mark.usefixtures("mesh_of_absent_devices")
+def test_parts_of_slices_keep_the_order_of_the_devices():
+    """Six chips are not a cuboid, but have a layout."""
+    part = tpu_slices(1, (4, 4))[:6]
+    mesh = lsgd.worker_mesh(3, inner_axes={"fsdp": 2}, devices=part)
+    assert mesh.devices.ravel().tolist() == part
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("family", ["tpu", "gpu"])
+def test_worker_mesh_of_compile_targets(family):
+    """The devices of compilers, in a child process, since these load before JAX."""
+    if not compile_targets.is_compiler_installed(family):
+        pytest.skip(compile_targets.install_command(family))
+    done = subprocess.run(
+        [sys.executable, "slice_meshes.py", family],
+        cwd=PROGRAMS,
+        env=os.environ | {"PYTHONPATH": PYTHONPATH},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.stdout.endswith("all meshes are right\n"), done.stderr
+
+
 @pytest.mark.usefixtures("mesh_of_absent_devices")
 @pytest.mark.parametrize(
     "arguments, message",
@@ -76,11 +148,11 @@ def test_worker_axis_goes_across_slices():
         ({"workers": 3}, "must be a multiple of the 2 processes or slices, got 3"),
         (
             {"inner_axes": {"model": 3}},
-            "workers of 3 devices must divide the 8 devices",
+            r"workers of 3 devices must divide .*, got groups of \[4, 4\] devices",
         ),
         in_full(
-            {"workers": 1, "inner_axes": {"model": 8}},
-            "workers of 8 devices must divide",
+            {"workers": 1, "inner_axes": {"model": 6}},
+            "workers of 6 devices must divide",
         ),
         ({"inner_axes": {"model": 0}}, "the size of an axis must be at least 1, got 0"),
     ],
@@ -95,6 +167,8 @@ def test_indivisible_devices_raise(arguments, message):
     "arguments, message",
     [
         ({"devices": []}, "(devices): must not be empty, got 0 devices"),
+        ({"devices": 3}, "(devices): must be a sequence of devices, got 3"),
+        in_full({"devices": [1, 2]}, "(devices): must be a sequence of devices, got 1"),
         (
             {"inner_axes": {"worker": 1}},
             "(inner_axes): 'worker' is already the worker axis",

@@ -1,15 +1,19 @@
 """TCP rendezvous between threads instead of processes."""
 
+import contextlib
+import json
 import socket
 import threading
 import time
 
 import pytest
-from harness.selection import in_full
+from harness.selection import in_full, keep
 
-from localsgd_jax.distributed import mismatches, rendezvous
+from localsgd_jax.distributed import mismatches, registration, rendezvous
 from localsgd_jax.distributed.coordination import CoordinationError
 from localsgd_jax.distributed.environment import parse_address
+from localsgd_jax.distributed.launcher import coordinator
+from localsgd_jax.distributed.launcher.coordinator import Reply
 from localsgd_jax.distributed.launcher.ports import free_port
 
 FINGERPRINT = {
@@ -18,6 +22,9 @@ FINGERPRINT = {
     "version": {"jax": "1.0"},
     "config": {"H": 4},
 }
+
+
+HEARTBEAT_TIMEOUT = 10.0
 
 
 def run_rendezvous(
@@ -42,9 +49,10 @@ def run_rendezvous(
         except CoordinationError as error:
             errors[name] = str(error)
 
-    calls = [("server", rendezvous.serve, address, fingerprint, num_processes, timeout)]
+    limits = timeout, HEARTBEAT_TIMEOUT
+    calls = [("server", rendezvous.serve, address, fingerprint, num_processes, *limits)]
     calls += [
-        (f"peer {i}", rendezvous.join, address, own, process_id, timeout)
+        (f"peer {i}", rendezvous.join, address, own, process_id, *limits)
         for i, (process_id, own) in enumerate(peers, 1)
     ]
     threads = [threading.Thread(target=call, args=arguments) for arguments in calls]
@@ -106,7 +114,7 @@ def test_late_process_raises():
         CoordinationError,
         match="process 1 could not connect to process 0 at 127.0.0.1",
     ):
-        rendezvous.join(address, FINGERPRINT, 1, 0.5)
+        rendezvous.join(address, FINGERPRINT, 1, 0.5, HEARTBEAT_TIMEOUT)
 
 
 @pytest.mark.parametrize("reply", [b"\0\0\x12\4\0\0", b"HTTP/1.1 400\r\n\r\n", b""])
@@ -125,7 +133,7 @@ def test_port_of_a_started_job_raises(reply):
         with pytest.raises(
             CoordinationError, match="for process 1: the job started without it"
         ):
-            rendezvous.join(f"127.0.0.1:{port}", FINGERPRINT, 1, 5.0)
+            rendezvous.join(f"127.0.0.1:{port}", FINGERPRINT, 1, 5.0, HEARTBEAT_TIMEOUT)
         thread.join(10)
 
 
@@ -135,7 +143,7 @@ def test_port_in_use_raises():
         with pytest.raises(
             CoordinationError, match=r"cannot listen on .* \(Address already in"
         ):
-            rendezvous.serve(address, FINGERPRINT, 2, 5.0)
+            rendezvous.serve(address, FINGERPRINT, 2, 5.0, HEARTBEAT_TIMEOUT)
 
 
 def test_server_listens_on_the_given_interface():
@@ -143,40 +151,183 @@ def test_server_listens_on_the_given_interface():
         assert listener.getsockname()[0] == "127.0.0.1"
 
 
-def test_malformed_message_is_ignored(monkeypatch):
-    monkeypatch.setattr(rendezvous, "IO_TIMEOUT_SECONDS", 0.5)
-    address = f"127.0.0.1:{free_port()}"
-    errors = []
-    server = threading.Thread(
-        target=rendezvous.serve, args=(address, FINGERPRINT, 2, 20.0)
-    )
-    server.start()
-    malformed = [
-        b"GET / HTTP/1.1\r\n\r\n",
-        b'{"process_id": 1}\n',
-        b'{"process_id": [], "fingerprint": {"job_id": "a"}}\n',
-        b'{"process_id": true, "fingerprint": {"job_id": "a"}}\n',
-        b'{"process_id": 1, "fingerprint": 1}\n',
-        b'{"process_id": ' + b"[" * 30_000 + b"\n",
-        b'{"' * 50_000,
-        b"",
-    ]
-    for text in malformed:
+MALFORMED = [
+    b"GET / HTTP/1.1\r\n\r\n",
+    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    b'{"process_id": 1}\n',
+    b'{"process_id": [], "fingerprint": {"job_id": "a"}}\n',
+    b'{"process_id": true, "fingerprint": {"job_id": "a"}}\n',
+    b'{"process_id": 1, "fingerprint": 1}\n',
+    b'{"process_id": ' + b"[" * 30_000 + b"\n",
+    b'{"failed": 1, "reason": "of another job", "job_id": "b"}\n',
+    b'{"failed": true, "job_id": "a"}\n',
+    b'{"' * 50_000,
+    b"\0",
+    b"",
+]
+
+
+class Server:
+    """Rendezvous server in a thread."""
+
+    def __init__(self, num_processes=3, timeout=20.0, heartbeat_timeout=10.0):
+        """Starts the server and waits until it listens."""
+        self.address, self.error = f"127.0.0.1:{free_port()}", None
+        self.arguments = num_processes, timeout, heartbeat_timeout
+        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.thread.start()
+        self.connect().close()
+
+    def run(self):
+        """Serves; runs in the thread."""
+        try:
+            rendezvous.serve(self.address, FINGERPRINT, *self.arguments)
+            self.error = ""
+        except CoordinationError as error:
+            self.error = str(error)
+
+    def connect(self, text=b""):
+        """Returns a connection over which a text was sent."""
+        deadline = time.monotonic() + 20
         while True:
-            assert server.is_alive()
             try:
-                connection = socket.create_connection(parse_address(address), 5)
+                connection = socket.create_connection(parse_address(self.address), 5)
                 break
             except ConnectionRefusedError:
-                continue
+                assert time.monotonic() < deadline
         try:
             connection.sendall(text)
-        except OSError as error:
-            errors.append(error)  # Rejected before all of it was sent.
-        connection.close()
-    rendezvous.join(address, FINGERPRINT, 1, 20.0)
-    server.join(20)
-    assert not server.is_alive() and len(errors) <= 1
+        except OSError:
+            pass  # Closed by the server before all of it was sent.
+        return connection
+
+    def join(self, process_id):
+        """Registers a process in this thread."""
+        rendezvous.join(self.address, FINGERPRINT, process_id, 20.0, 10.0)
+
+    def end(self):
+        """Waits for the server; returns its error."""
+        self.thread.join(30)
+        assert not self.thread.is_alive()
+        return self.error
+
+
+def register(server, process_id):
+    """Returns the connection of a registered process that never responds."""
+    message = {"process_id": process_id, "fingerprint": FINGERPRINT}
+    return server.connect(json.dumps(message).encode() + b"\n")
+
+
+def test_malformed_message_is_ignored():
+    server = Server(num_processes=2)
+    for text in MALFORMED:
+        server.connect(text).close()
+    server.join(1)
+    assert server.end() == ""
+
+
+@contextlib.contextmanager
+def slow_clients(server, count):
+    """Connects clients that send a byte every 50 ms, and closes them at the end."""
+    clients, stop = [server.connect(b"{") for _ in range(count)], threading.Event()
+
+    def trickle():
+        while not stop.wait(0.05):
+            for client in clients:
+                with contextlib.suppress(OSError):
+                    client.send(b" ")
+
+    sender = threading.Thread(target=trickle)
+    sender.start()
+    try:
+        yield clients
+    finally:
+        stop.set()
+        sender.join()
+        for client in clients:
+            client.close()
+
+
+@pytest.mark.parametrize(
+    "count", [8, pytest.param(300, marks=pytest.mark.slow)], ids=str
+)
+def test_processes_are_registered_among_slow_and_idle_clients(count):
+    """More clients than `MAX_UNREGISTERED`, in the slow case."""
+    server = Server()
+    with contextlib.ExitStack() as stack, slow_clients(server, count):
+        for text in MALFORMED + [b""] * count:
+            stack.enter_context(server.connect(text))
+        other = threading.Thread(target=server.join, args=(2,))
+        other.start()
+        for _ in range(count):
+            stack.enter_context(server.connect())
+        server.join(1)
+        other.join(30)
+        assert server.end() == ""
+
+
+def test_slow_clients_do_not_extend_the_timeout():
+    """One deadline for a client, and one for all."""
+    server = Server(timeout=1.0)
+    with slow_clients(server, 4):
+        assert "processes 1, 2 of 3 did not reach the rendezvous" in server.end()
+
+
+def test_slow_client_is_disconnected(monkeypatch):
+    monkeypatch.setattr(registration, "IO_TIMEOUT_SECONDS", 0.3)
+    server = Server(num_processes=2)
+    with slow_clients(server, 1) as (client,):
+        client.settimeout(20)
+        with contextlib.suppress(ConnectionResetError):
+            assert client.recv(1) == b""
+        assert server.error is None
+    server.join(1)
+    assert server.end() == ""
+
+
+def test_exit_of_a_registered_process_raises_in_all_processes():
+    server = Server()
+    with register(server, 2) as other, other.makefile("rb") as replies:
+        assert replies.readline() == registration.PING, "it is registered"
+        register(server, 1).close()
+        error = "process 1 closed its connection"
+        reply = next(line for line in replies if line != registration.PING)
+        assert json.loads(reply) == {"error": error}
+    assert server.end() == f"initialize(): {error}"
+
+
+@pytest.mark.parametrize("num_processes", keep([2, 3], [2]))
+def test_stopped_process_raises_in_all_processes(num_processes, monkeypatch):
+    """Whether or not all processes are registered."""
+    monkeypatch.setattr(registration, "IO_TIMEOUT_SECONDS", 0.3)
+    server = Server(num_processes, heartbeat_timeout=0.5)
+    connection = register(server, 1)
+    message = "initialize(): process 1 did not respond within 0.5 s (heartbeat timeout)"
+    assert server.end() == message
+    connection.close()
+
+
+def test_stopped_process_0_raises_in_the_others():
+    """The kernel accepts the connection of a process that is stopped."""
+    with socket.create_server(("127.0.0.1", 0)) as stopped:
+        address = f"127.0.0.1:{stopped.getsockname()[1]}"
+        message = "process 0 at .* did not respond to process 1 within 0.2 s"
+        with pytest.raises(CoordinationError, match=message):
+            rendezvous.join(address, FINGERPRINT, 1, 20.0, 0.2)
+
+
+def test_failure_reported_by_the_launcher_raises_in_all_processes():
+    server = Server()
+    reason = {"failed": 1, "reason": "exited with 137", "job_id": "a"}
+    waiting = threading.Thread(
+        target=lambda: pytest.raises(CoordinationError, server.join, 2)
+    )
+    waiting.start()
+    assert coordinator.contact(parse_address(server.address), reason) is Reply.ANSWERED
+    message = "initialize(): process 1 exited with 137 before it was connected"
+    assert server.end() == message
+    waiting.join(20)
+    assert not waiting.is_alive()
 
 
 @pytest.mark.parametrize(

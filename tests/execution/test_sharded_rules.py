@@ -92,7 +92,7 @@ def rule_for(name, workers):
     return lsgd.shard_state(inner, workers)
 
 
-def place(devices, specs):
+def shard_parameters(devices, specs):
     automatic = Mesh(
         devices.devices,
         devices.axis_names,
@@ -105,11 +105,11 @@ def place(devices, specs):
 
 
 @functools.cache
-def placed_cluster(name, layout):
+def sharded_cluster(name, layout):
     axes, specs, workers = LAYOUTS[layout]
     devices = mesh(**axes)
     cluster = lsgd.on_mesh(algorithm(rule_for(name, workers)), devices, workers)
-    return cluster, place(devices, specs)
+    return cluster, shard_parameters(devices, specs)
 
 
 def train(cluster, params, rounds=3):
@@ -129,11 +129,11 @@ def shardings(state):
 @all_layouts
 @all_rules
 def test_sharded_workers_match_simulation(name, layout):
-    """Where a rule treats a piece like the tree, the numbers are those of `simulate`.
+    """Rules without blocks give the numbers of `simulate`.
 
     The shardings stay those of `init`, and one program serves all rounds.
     """
-    cluster, params = placed_cluster(name, layout)
+    cluster, params = sharded_cluster(name, layout)
     states, step = train(cluster, params)
     for state in states[1:]:
         same = jax.tree.map(
@@ -152,7 +152,7 @@ def test_sharded_workers_match_simulation(name, layout):
 @all_layouts
 @all_rules
 def test_only_scalars_are_sent_inside_a_worker(name, layout):
-    cluster, params = placed_cluster(name, layout)
+    cluster, params = sharded_cluster(name, layout)
     ops = lsgd.collective_ops(cluster.sync, cluster.init(params))
     scalars = 4 * len(params) * WORKERS**2
     for op in ops:
@@ -164,8 +164,8 @@ def test_only_scalars_are_sent_inside_a_worker(name, layout):
 @all_layouts
 @all_rules
 def test_state_is_sharded_like_the_parameters(name, layout):
-    """Each device holds its share of what the rule remembers."""
-    cluster, params = placed_cluster(name, layout)
+    """Each device holds its share of the state of the rule."""
+    cluster, params = sharded_cluster(name, layout)
     state = cluster.init(params)
     devices = len(jax.devices())
     least = sum(
@@ -186,7 +186,7 @@ def test_state_is_sharded_like_the_parameters(name, layout):
 )
 def test_each_piece_is_compressed_by_itself(name, leaves, index):
     """A group of leaves on one device equals a simulation of these pieces alone."""
-    cluster, params = placed_cluster(name, "one axis")
+    cluster, params = sharded_cluster(name, "one axis")
     trained = train(cluster, params)[0][-1].workers.params
     pieces = {leaf: piece(parameters()[leaf], leaf, index) for leaf in leaves}
     order = {leaf: i + 1 for i, leaf in enumerate(sorted(params))}
@@ -196,7 +196,7 @@ def test_each_piece_is_compressed_by_itself(name, leaves, index):
 
 
 def piece(x, leaf, index):
-    """Piece of a leaf, whatever its leading axes, on the device of an index."""
+    """Piece of a leaf, with any leading axes, on the device of an index."""
     if index is None:
         return np.asarray(x)
     axis = {"columns": -1, "rows": -2, "twin": -2}[leaf]
@@ -218,7 +218,7 @@ def test_specs_of_equal_shapes_follow_the_path():
     devices = mesh(worker=2, fsdp=4)
     params = {"a": np.ones((8, 8), np.float32), "b": np.ones((8, 8), np.float32)}
     specs = {"a": P("fsdp"), "b": P(None, "fsdp")}
-    placed = {
+    sharded = {
         name: jax.device_put(x, NamedSharding(devices, specs[name]))
         for name, x in params.items()
     }
@@ -226,13 +226,58 @@ def test_specs_of_equal_shapes_follow_the_path():
     abstract = cluster.init(
         jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-            placed,
+            sharded,
         )
     )
-    for state in (abstract, cluster.init(placed)):
+    for state in (abstract, cluster.init(sharded)):
         adam = state.workers.opt_state[0]
         for moments in (adam.mu, adam.nu):
             assert moments["a"].sharding.spec == P(("worker",), "fsdp")
             assert moments["b"].sharding.spec == P(("worker",), None, "fsdp")
         anchors = [fragment.anchor[0] for fragment in state.shared["params"]]
         assert {x.sharding.spec for x in anchors} == set(specs.values())
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+def test_init_makes_the_parameters_in_its_program(jitted):
+    """A function of no arguments gives the state that its result gives."""
+    devices = mesh(worker=2, fsdp=4)
+    sharding = NamedSharding(devices, P("fsdp"))
+
+    def make():
+        return {"w": jax.random.normal(jax.random.key(0), (8, 4))}
+
+    make = jax.jit(make, out_shardings=sharding) if jitted else make
+    for cluster in (
+        lsgd.on_mesh(algorithm(lsgd.diloco()), devices),
+        lsgd.simulate(algorithm(lsgd.diloco()), 2),
+    ):
+        state, expected = cluster.init(make), cluster.init(make())
+        assert_close(state, expected, 1e-6)
+        assert shardings(state) == shardings(expected)
+
+
+def test_init_holds_no_other_copy_of_the_state(monkeypatch):
+    """The program needs its parameters, its result and no memory besides."""
+    devices, programs = mesh(worker=2, fsdp=4), []
+
+    def spy(function, *, jit=jax.jit, **options):
+        jitted = jit(function, **options)
+
+        def call(*args):
+            if "out_shardings" in options:
+                programs.append(jitted.lower(*args).compile().memory_analysis())
+            return jitted(*args)
+
+        return call
+
+    sharding = NamedSharding(devices, P("fsdp"))
+    params = {"w": jax.device_put(np.ones((512, 512), np.float32), sharding)}
+    cluster = lsgd.on_mesh(algorithm(lsgd.diloco()), devices)
+    monkeypatch.setattr(jax, "jit", spy)
+    state = cluster.init(params)
+    (memory,) = programs
+    held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state))
+    assert memory.argument_size_in_bytes * 5 <= held * 1.01
+    assert memory.output_size_in_bytes <= held * 1.01
+    assert memory.temp_size_in_bytes <= held * 0.01

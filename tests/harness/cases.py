@@ -57,7 +57,7 @@ def momentum_rule(rate: float = 0.7, decay: float = 0.9) -> lsgd.SyncRule:
     v ← 0.9 v + (x̄ − mean xₖ);  x̄ ← x̄ − 0.7 v;  eₖ ← eₖ + 0.1 r (xₖ − x̄);  xₖ ← x̄
     """
 
-    def init(tree):
+    def init(tree, specs=None):
         zeros = jax.tree.map(jnp.zeros_like, tree)
         return lsgd.RuleState(shared=(tree, zeros), local=zeros)
 
@@ -352,8 +352,17 @@ def stack(batches):
     return jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
 
 
+def without_specs(tree):
+    """Returns a state without its partition inside a worker, and other trees as is."""
+    return tree._replace(specs=None) if isinstance(tree, lsgd.State) else tree
+
+
 def assert_close(left, right, rtol=1e-5, atol=1e-6):
-    """Asserts that two trees have equal structure and close leaves."""
+    """Asserts that two trees have equal structure and close leaves.
+
+    The partition inside a worker, static data of a state, may differ.
+    """
+    left, right = without_specs(left), without_specs(right)
     assert jax.tree.structure(left) == jax.tree.structure(right)
     for (path, x), y in zip(
         jax.tree.leaves_with_path(left), jax.tree.leaves(right), strict=True
@@ -368,7 +377,8 @@ def assert_close(left, right, rtol=1e-5, atol=1e-6):
 
 
 def assert_same(left, right):
-    """Asserts that two trees are bitwise equal."""
+    """Asserts that two trees are bitwise equal, but for the specs of states."""
+    left, right = without_specs(left), without_specs(right)
     assert jax.tree.structure(left) == jax.tree.structure(right)
     for x, y in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
         np.testing.assert_array_equal(key_data(x), key_data(y))

@@ -1,17 +1,21 @@
 """Fault-tolerant jobs with killed, stopped, terminated or slow processes."""
 
+import contextlib
 import json
 import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
 import pytest
-from harness.paths import PROGRAMS, PYTHONPATH, TESTS
+from harness.launched_jobs import LaunchedJob
+from harness.paths import PYTHONPATH, TESTS
 from harness.process_jobs import Job, run
 from harness.selection import in_full
 from programs.fault_tolerant_worker import (
@@ -25,6 +29,7 @@ from programs.fault_tolerant_worker import (
 
 import localsgd_jax as lsgd
 from localsgd_jax.checkpoint import RunCheckpointer
+from localsgd_jax.distributed.environment import parse_address
 from localsgd_jax.fault_tolerance import EXIT_PREEMPTED, EXIT_TOO_FEW_PROCESSES
 from localsgd_jax.fault_tolerance.membership import MAX_FAILED_ATTEMPTS
 
@@ -146,26 +151,129 @@ def test_sigterm_syncs_before_exit(tmp_path, fault_free_error):
         assert error == pytest.approx(fault_free_error, rel=0.02)
 
 
+def launch(processes, **settings):
+    """Runs a job under the launcher; returns its messages and lines."""
+    options = "--elastic --restarts 1 --grace-period 3".split()
+    program = "fault_tolerant_worker.py"
+    with LaunchedJob(processes, program, settings, *options) as job:
+        assert job.end(150) == 0, job.tail()
+        return job.messages, "\n".join(job.lines)
+
+
+def starts(messages):
+    """Returns the steps at which the processes have started."""
+    contents = [m.content for m in messages if m.process is not None]
+    return [content["from"] for content in contents if "from" in content]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_launcher_restarts_after_failure_of_process_0(tmp_path):
     settings = {"steps": STEPS, "pause": 0.02, "directory": str(tmp_path)}
-    settings |= {"save_every": 10, "kill_after": [[0, 60]]}
-    command = "-m localsgd_jax launch -n 3 --elastic --restarts 1 --".split()
+    messages, _ = launch(3, save_every=10, kill_after=[[0, 60]], **settings)
+    first, second = sorted(starts(messages))[:3], sorted(starts(messages))[3:]
+    assert first == [0] * 3 and second in ([40] * 3, [50] * 3)
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize(
+    "processes, faults, message",
+    [
+        pytest.param(2, [[0, "SIGSTOP"]], "process 0 has not responded for 3 s"),
+        pytest.param(
+            3,
+            [[2, "SIGKILL"]],
+            "CoordinationError: train(): process 2 failed (exit or heartbeat timeout)",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            3,
+            [[2, "SIGSTOP"]],
+            "CoordinationError: train(): process 2 failed (exit or heartbeat timeout)",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            3,
+            [[0, "SIGSTOP"], [1, "SIGSTOP"]],
+            "process 0 has not responded for 3 s",
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=str,
+)
+def test_failure_before_the_first_round_restarts_the_job(processes, faults, message):
+    """The processes do not wait for the timeout of `initialize`."""
+    messages, text = launch(processes, steps=PERIOD, heartbeat=3, start_faults=faults)
+    assert message in text and "restart 1 of 1" in text
+    assert "(timeout)" not in text
+    finished = [m for m in messages if m.process is not None and "history" in m.content]
+    assert len(finished) == processes
+
+
+def attack(address, ended):
+    """Holds idle, slow and malformed connections to the coordinator's port."""
+    clients = []
+    while not ended.wait(0.05):
+        for text in (b"{", b"", b"GET / HTTP/1.1\r\n\r\n", b'{"failed": 1}\n'):
+            with contextlib.suppress(OSError):
+                clients.append(socket.create_connection(address, 5))
+                clients[-1].sendall(text)
+        for client in clients[-200:]:
+            with contextlib.suppress(OSError):
+                client.send(b" ")
+        for client in clients[:-400]:
+            client.close()
+        clients = clients[-400:]
+    for client in clients:
+        client.close()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_job_starts_and_trains_while_its_port_is_attacked():
+    ended = threading.Event()
+    with LaunchedJob(3, "fault_tolerant_worker.py", {"steps": 50}) as job:
+        while not (variables := job.environment(0)):
+            time.sleep(0.05)
+        address = parse_address(variables["LOCALSGD_COORDINATOR_ADDRESS"])
+        attacker = threading.Thread(target=attack, args=(address, ended))
+        attacker.start()
+        try:
+            assert job.end(150) == 0, job.tail()
+        finally:
+            ended.set()
+            attacker.join()
+    assert job.rows()[-1][1]["step"] == 50
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_stopped_process_0_is_restarted_from_the_last_checkpoint(tmp_path):
+    settings = {"steps": 400, "pause": 0.01, "directory": str(tmp_path)}
+    options = "--elastic --restarts 1 --grace-period 3".split()
+    with LaunchedJob(3, "fault_tolerant_worker.py", settings, *options) as job:
+        job.wait_for_row(10)
+        os.kill(job.pids()[0], signal.SIGSTOP)
+        assert job.end(150) == 0, job.tail()
+        assert "process 0 has not responded" in "\n".join(job.lines)
+        assert len(starts(job.messages)) == 6 and max(starts(job.messages)) > 0
+        assert job.rows()[-1][1]["step"] == 400
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(450)
+def test_resumed_run_equals_an_uninterrupted_one():
+    command = [sys.executable, "-m", "stress.resume", "--kills", "3"]
     done = subprocess.run(
-        [sys.executable, *command]
-        + [sys.executable, "fault_tolerant_worker.py", json.dumps(settings)],
-        cwd=PROGRAMS,
+        command,
+        cwd=TESTS,
         env=os.environ | {"PYTHONPATH": PYTHONPATH},
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=400,
     )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    lines = done.stdout.splitlines()
-    starts = [json.loads(line[4:])["from"] for line in lines if '"from"' in line]
-    first, second = sorted(starts)[:3], sorted(starts)[3:]
-    assert first == [0] * 3 and second in ([40] * 3, [50] * 3)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert ", 0 runs differ" in done.stdout
 
 
 @pytest.mark.slow

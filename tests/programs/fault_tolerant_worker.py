@@ -55,12 +55,15 @@ def failing_evaluate(params):
     raise OSError("no table")
 
 
+def is_first_start():
+    return os.environ.get("LOCALSGD_RESTART_COUNT", "0") == "0"
+
+
 def slow_batches(batches, seconds, kill_after):
     """Sleeps before each batch, and kills the process in its first start."""
     for i, batch in enumerate(batches):
         time.sleep(seconds)
-        is_first_start = os.environ.get("LOCALSGD_RESTART_COUNT", "0") == "0"
-        if i == kill_after and is_first_start:
+        if i == kill_after and is_first_start():
             os.kill(os.getpid(), signal.SIGKILL)
         yield batch
 
@@ -75,6 +78,7 @@ def main(
     batch_seconds=(),
     pause=0.0,
     kill_after=(),
+    start_faults=(),
     directory=None,
     save_every=20,
     heartbeat=6,
@@ -94,6 +98,8 @@ def main(
       pause: further seconds to load a batch, equal in all processes.
       kill_after: pairs of a process and a number of batches, after which it kills
         itself.
+      start_faults: pairs of a process and the name of a signal, which it sends to
+        itself in its first start, between `initialize` and the training.
       directory: directory of checkpoints; None for none.
       save_every: local steps between two checkpoints.
       heartbeat: heartbeat timeout in seconds.
@@ -103,6 +109,8 @@ def main(
     jax.config.update("jax_platforms", "cpu")
     lsgd.initialize(heartbeat_timeout_seconds=heartbeat, recoverable=True, timeout=60)
     process = jax.process_index()
+    if (name := dict(start_faults).get(process)) and is_first_start():
+        os.kill(os.getpid(), getattr(signal, name))
     cluster = on_processes(algorithm(), lsgd.worker_mesh(), WORKERS)
     state = cluster.init(initial_params(*initial_values[process : process + 1]))
     examples_seen, save = 0, None

@@ -251,8 +251,8 @@ def connect_from_other_job():
 
     address = os.environ["LOCALSGD_COORDINATOR_ADDRESS"]
     fingerprint = {"job_id": "another"}
-    error_of("foreign 0", lambda: rendezvous.serve(address, fingerprint, 2, 5))
-    error_of("foreign 1", lambda: rendezvous.join(address, fingerprint, 1, 5))
+    error_of("foreign 0", lambda: rendezvous.serve(address, fingerprint, 2, 5, 5))
+    error_of("foreign 1", lambda: rendezvous.join(address, fingerprint, 1, 5, 5))
 
 
 def differ_at_start(odd):

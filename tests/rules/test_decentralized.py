@@ -52,7 +52,7 @@ def test_shift_crosses_lanes_and_devices(lanes, offset):
     def apply(tree, state, context):
         return collectives.shift(tree, offset, context), state
 
-    rule = lsgd.SyncRule(lambda tree: lsgd.RuleState(), apply)
+    rule = lsgd.SyncRule(lambda tree, specs: lsgd.RuleState(), apply)
     x = random_rounds(1, 8)
     placement = lambda made: lsgd.on_mesh(made, mesh(worker=8 // lanes), 8)  # noqa: E731
     synced, _ = sync_arrays(rule, x, placement=placement)

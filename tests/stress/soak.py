@@ -1,31 +1,36 @@
-"""Soak test: random faults in multi-process jobs, and the steps that they lose.
+"""Soak test: random signals to jobs under `localsgd launch`, from their start on.
 
-    cd tests && python -m stress.soak --kills 100 --seed 0
+    cd tests && python -m stress.soak --faults 100 --seed 0 --minutes 40
 
-Each job trains on three or four processes and receives two or three signals: SIGKILL,
-SIGSTOP or SIGTERM. A job that ends with process 0 is restarted from its checkpoint with
-one process fewer. Writes `docs/_data/soak.json` after each job and continues from there
+Each job trains on three or four processes under `localsgd launch --elastic --restarts`
+and receives up to four faults at random moments, also while its processes start:
+SIGKILL or SIGSTOP to any process, or SIGSTOP followed by SIGCONT to any process or to
+the launcher. Writes `docs/_data/soak.json` after each job and continues from there
 after an interruption, prints the table of `docs/guides/fault_tolerance.md`, and exits
 with 1 if a guarantee was violated.
 """
 
 import argparse
+import collections
+import contextlib
 import itertools
 import json
 import os
 import pathlib
-import queue
 import random
 import signal
+import statistics
+import subprocess
 import sys
 import tempfile
+import threading
 import time
 
 os.environ.setdefault("NPROC", "16")
 
 import jax
+from harness.launched_jobs import LaunchedJob, is_running, is_stopped
 from harness.paths import ROOT
-from harness.process_jobs import Job
 from programs.fault_tolerant_worker import (
     BATCH,
     WORKERS,
@@ -37,20 +42,26 @@ from programs.fault_tolerant_worker import (
 
 import localsgd_jax as lsgd
 from localsgd_jax.checkpoint import CheckpointError, RunCheckpointer
-from localsgd_jax.fault_tolerance import EXIT_PREEMPTED
 
-STEPS, PERIOD, SAVE_EVERY, PAUSE = 300, 5, 20, 0.01
-HEARTBEAT, SYNC_TIMEOUT = 6, 15.0
+STEPS, PERIOD, SAVE_EVERY, PAUSE = 1200, 5, 50, 0.01
+HEARTBEAT, SYNC_TIMEOUT, GRACE, RESTARTS = 6, 10.0, 5, 20
 SETTINGS = {
+    "steps": STEPS,
     "heartbeat": HEARTBEAT,
     "sync_timeout": SYNC_TIMEOUT,
     "pause": PAUSE,
     "save_every": SAVE_EVERY,
 }
-# A failure is detected after the heartbeat timeout, after the synchronisation that it
-# interrupted has been cancelled.
-MAX_STALL_SECONDS = HEARTBEAT * 2 + SYNC_TIMEOUT * 2
-SIGNAL_WEIGHTS = {"SIGKILL": 6, "SIGSTOP": 3, "SIGTERM": 3}
+OPTIONS = ["--elastic", "--restarts", str(RESTARTS), "--grace-period", str(GRACE)]
+MAX_FAULTS = 4
+# Seconds until SIGCONT: less and more than the heartbeat timeout.
+KIND_WEIGHTS = {"SIGKILL": 5, "SIGSTOP": 3, "SIGSTOP 2 s": 1, "SIGSTOP 9 s": 2}
+LAUNCHER_SHARE, START_UP_SHARE = 0.05, 0.8
+# A failure is noticed after the heartbeat timeout and the synchronisation that it
+# interrupted, a process 0 that hangs after the grace period, twice if the next fault
+# follows at once; then Python and JAX start on a busy machine.
+MAX_STALL_SECONDS = 2 * (2 * HEARTBEAT + 2 * GRACE + SYNC_TIMEOUT) + 60
+MAX_JOB_SECONDS = 400
 RESULTS = ROOT / "docs" / "_data" / "soak.json"
 
 
@@ -70,171 +81,204 @@ def fault_free_error():
 
 
 def run_job(seed, baseline_error):
-    """Runs a job to its end, with restarts; returns its record."""
+    """Runs a job to its end; returns its record."""
     rng = random.Random(seed)
-    processes = rng.choice((3, 4))
-    record = {"seed": seed, "processes": processes, "kills": [], "starts": []}
-    record |= {"overlap": rng.random() < 0.25, "broken": []}
-    num_faults = processes - 1
+    record = {"seed": seed, "processes": rng.choice((3, 4)), "violations": []}
+    record["overlap"] = rng.random() < 0.25
     with tempfile.TemporaryDirectory() as directory:
-        while True:
-            history = run_attempt(rng, record, processes, num_faults, directory)
-            if not is_restorable(directory, record):
-                record["broken"].append("a checkpoint cannot be restored")
-            if history or record["broken"]:
-                break
-            processes, num_faults = max(processes - 1, 1), 0
-    if history:
-        record["error"] = history["error"][-1]
-        if abs(record["error"] / baseline_error - 1) > 0.02:
-            record["broken"].append(f"error {record['error']} against {baseline_error}")
+        settings = SETTINGS | {"directory": directory, "overlap": record["overlap"]}
+        program = "fault_tolerant_worker.py"
+        with LaunchedJob(record["processes"], program, settings, *OPTIONS) as job:
+            faults = inject_faults(rng, job)
+            try:
+                record["code"] = job.end(MAX_JOB_SECONDS)
+            except subprocess.TimeoutExpired:
+                record["violations"].append(f"hangs: {job.tail()}")
+            record["seconds"] = round(time.monotonic() - job.start_time, 1)
+            describe(record, job, faults, baseline_error)
+        if not is_restorable(directory):
+            record["violations"].append("the last checkpoint cannot be restored")
     return record
 
 
-def run_attempt(rng, record, processes, num_faults, directory):
-    """Starts a job and sends signals; returns its history if it has finished."""
-    options = SETTINGS | {"overlap": record["overlap"], "directory": directory}
-    with Job(processes, steps=STEPS, **options) as job:
-        start_time, victims = time.monotonic(), set()
-        for _ in range(num_faults):
-            victim = inject_fault(job, rng, victims, record)
-            victims |= set() if victim is None else {victim}
-            if victim in (0, None):
+def inject_faults(rng, job):
+    """Sends signals until the job has ended or has received all; returns them."""
+    faults = []
+    for i in range(MAX_FAULTS):
+        if rng.random() > (START_UP_SHARE if i == 0 else 0.4):
+            if not job.wait_for_row(len(job.rows())):
                 break
-        try:
-            codes = job.end(timeout=120)
-        except TimeoutError:
-            record["broken"].append("hangs")
-            return None
-        add_start(job, record, codes, time.monotonic() - start_time)
-        if 0 in victims:
-            return None
-        if wrong_codes(record, codes, victims):
-            record["broken"].append(f"exit codes {codes}: {job.tail()}")
-            return None
-        return job.history()
+            time.sleep(3 * rng.random())
+        else:  # The processes start, or handle the previous fault.
+            time.sleep(0.3 + 5 * rng.random())
+        if job.launcher.poll() is not None:
+            break
+        faults += filter(None, [send_fault(rng, job)])
+    return faults
 
 
-def add_start(job, record, codes, seconds):
-    """Adds a start of a job to its record, and a violation if it has stalled."""
-    messages = [json.loads(x) for x in job.seen[0] if x[:1] == "{"]
-    rows = [message["row"] for message in messages if "row" in message]
-    stall = max_row_interval(rows)
-    record["starts"].append(
-        {
-            "processes": len(job.started),
-            "from": next((x["from"] for x in messages if "from" in x), None),
-            "to": rows[-1]["step"] if rows else None,
-            "codes": codes,
-            "stall": stall,
-            "seconds": round(seconds, 1),
-        }
-    )
-    if stall > MAX_STALL_SECONDS:
-        record["broken"].append(f"stalled for {stall} s")
-
-
-def wrong_codes(record, codes, victims):
-    """Returns the exit codes that the signals do not explain."""
-    terminated = {k["process"] for k in record["kills"] if k["kind"] == "SIGTERM"}
-    wrong = [code for i, code in enumerate(codes) if i not in victims and code != 0]
-    allowed = (0, EXIT_PREEMPTED)
-    return wrong + [codes[i] for i in victims & terminated if codes[i] not in allowed]
-
-
-def inject_fault(job, rng, victims, record):
-    """Sends a signal to a live process at a random moment; returns its index."""
+def send_fault(rng, job):
+    """Sends a signal; returns its record, or None if no process runs."""
+    kind = rng.choices(list(KIND_WEIGHTS), list(KIND_WEIGHTS.values()))[0]
+    pids = {i: pid for i, pid in job.pids().items() if not is_stopped(pid)}
+    target = rng.choice(sorted(pids)) if pids else None
+    pid = pids.get(target)
+    if rng.random() < LAUNCHER_SHARE:
+        target, pid, kind = "launcher", job.launcher.pid, "SIGSTOP 9 s"
+    if pid is None:
+        return None
+    name, *pause = kind.split()
     try:
-        job.wait_for_row(PERIOD)
-    except queue.Empty:
+        os.kill(pid, getattr(signal, name))
+    except ProcessLookupError:
         return None
-    time.sleep(rng.random() * 1.5)
-    victim = rng.choice([p for p in range(len(job.started)) if p not in victims])
-    kind = rng.choices(list(SIGNAL_WEIGHTS), list(SIGNAL_WEIGHTS.values()))[0]
-    if job.started[victim].poll() is not None:
-        return None
-    while not job.lines.empty():
-        job.lines.get()
-    job.send(victim, getattr(signal, kind))
-    record["kills"].append({"kind": kind, "process": victim})
-    return victim
+    if pause:
+        threading.Timer(float(pause[0]), resume, args=(pid,)).start()
+    phase = "training" if is_training(job) else "start-up"
+    return {"kind": kind, "to": target, "phase": phase, "time": time.monotonic()}
 
 
-def max_row_interval(rows):
-    """Returns the longest time between two rows in seconds."""
-    times = [row["seconds"] for row in rows]
-    return round(max((b - a for a, b in itertools.pairwise(times)), default=0.0), 1)
+def resume(pid):
+    """Sends SIGCONT; ignores a process that has ended."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGCONT)
 
 
-def is_restorable(directory, record):
+def is_training(job):
+    """Returns whether the current start has completed a round."""
+    for message in reversed(list(job.messages)):
+        if message.process == 0 and "row" in message.content:
+            return True
+        if message.process is None and message.content.startswith("restart "):
+            return False
+    return False
+
+
+def describe(record, job, faults, baseline_error):
+    """Adds faults, their consequences and violated guarantees to a record."""
+    rows, restarts = job.rows(), []
+    for message in job.messages:
+        if message.process is None and message.content.startswith("restart "):
+            restarts.append(message.time)
+    ends = [fault["time"] for fault in faults[1:]] + [float("inf")]
+    for fault, end in zip(faults, ends, strict=True):
+        start = fault["time"]
+        fault["restarted"] = sum(start <= moment < end for moment in restarts)
+        if fault["phase"] == "training":
+            fault["stall"] = longest_interval([t for t, _ in rows], start, end)
+        fault["time"] = round(start - job.start_time, 1)
+    record |= {"faults": faults, "restarts": len(restarts)}
+    record["steps_lost"] = steps_lost(job.messages)
+    times = [job.start_time, *(moment for moment, _ in rows)]
+    record["stall"] = longest_interval(times, 0, float("inf"))
+    if record["stall"] > MAX_STALL_SECONDS:
+        record["violations"].append(f"no round for {record['stall']} s: {job.tail()}")
+    if record.get("code") != 0:
+        record["violations"].append(f"exit code {record.get('code')}: {job.tail()}")
+        return
+    if running := [pid for pid in all_pids(job.messages) if is_running(pid)]:
+        record["violations"].append(f"still running: {running}")
+    error = final_error(job.messages)
+    record["error"] = error
+    if abs(error / baseline_error - 1) > 0.02:
+        record["violations"].append(f"error {error} against {baseline_error}")
+
+
+def longest_interval(times, start, end):
+    """Returns the longest time between two rows that overlaps a span, in seconds."""
+    pairs = [(a, b) for a, b in itertools.pairwise(times) if b > start and a < end]
+    return round(max((b - max(a, start) for a, b in pairs), default=0.0), 1)
+
+
+def steps_lost(messages):
+    """Returns the steps that each restart has taken back."""
+    lost, last, seen = [], None, 0
+    for message in list(messages):
+        if message.process != 0:
+            continue
+        if "row" in message.content:
+            last = message.content["row"]["step"]
+        elif "from" in message.content and seen:
+            lost.append((last or 0) - message.content["from"])
+        seen += "from" in message.content
+    return lost
+
+
+def all_pids(messages):
+    """Returns the process ids that all starts have printed."""
+    contents = [m.content for m in list(messages) if isinstance(m.content, dict)]
+    return [content["pid"] for content in contents if "pid" in content]
+
+
+def final_error(messages):
+    """Returns the error in the history that process 0 has printed."""
+    contents = [m.content for m in list(messages) if m.process == 0]
+    return next(c["history"] for c in contents if "history" in c)["error"][-1]
+
+
+def is_restorable(directory):
     """Returns whether the last checkpoint, if there is any, can be restored."""
     cluster = lsgd.simulate(algorithm(), 1)
     try:
         with RunCheckpointer(directory, cluster) as checkpointer:
-            state, _ = checkpointer.restore(cluster.init(initial_params()))
-    except CheckpointError as error:
-        record["broken"].append(str(error))
+            checkpointer.restore(cluster.init(initial_params()))
+    except CheckpointError:
         return False
-    record["restored"] = int(state.step)
     return True
 
 
 def table(records):
-    """Returns a Markdown table of signals, restarts and lost steps."""
-    names = "signal, to, times, others continued, restarted, steps lost, longest stall"
-    rows = [names.split(", "), ["---"] * 7]
-    for kind in SIGNAL_WEIGHTS:
-        for target in ("process 0", "another"):
-            rows += table_row(records, kind, target)
+    """Returns a Markdown table of faults, restarts and stalls."""
+    names = "fault, to, during, times, job restarted, longest stall (median)"
+    groups = collections.defaultdict(list)
+    for record in records:
+        for fault in record["faults"]:
+            to = fault["to"]
+            target = {"launcher": "the launcher", 0: "process 0"}.get(to, "another")
+            groups[fault["kind"], target, fault["phase"]].append(fault)
+    rows = [names.split(", "), ["---"] * 6]
+    for key in sorted(groups):
+        stalls = [fault["stall"] for fault in groups[key] if "stall" in fault]
+        restarted = sum(fault["restarted"] > 0 for fault in groups[key])
+        stall = (
+            f"{max(stalls)} s ({statistics.median(stalls):.1f} s)" if stalls else "–"
+        )
+        rows.append([*key, len(groups[key]), restarted, stall])
     return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in rows)
-
-
-def table_row(records, kind, target):
-    """Returns the row of a signal to a target in a list; empty if there was none."""
-    hits = [
-        record
-        for record in records
-        for kill in record["kills"]
-        if kill["kind"] == kind and (kill["process"] == 0) == (target == "process 0")
-    ]
-    if not hits:
-        return []
-    restarted = [record["starts"] for record in hits if len(record["starts"]) > 1]
-    if target != "process 0":
-        restarted = []  # Another signal, to process 0, has caused the restart.
-    lost = [first["to"] - second["from"] for first, second in restarted]
-    # Only a job with one kind of signals tells which kind has stalled it.
-    pure = [r for r in hits if {kill["kind"] for kill in r["kills"]} == {kind}]
-    stall = max((start["stall"] for r in pure for start in r["starts"]), default=0)
-    counts = [len(hits), len(hits) - len(restarted), len(restarted)]
-    return [[kind, target, *counts, max(lost, default=0), f"{stall} s"]]
 
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--faults", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
     options = parser.parse_args()
     records = []
     if options.out.exists():
         records = json.loads(options.out.read_text())["jobs"]
-    baseline = fault_free_error()
-    while (count := sum(len(record["kills"]) for record in records)) < options.kills:
+    baseline, deadline = fault_free_error(), time.monotonic() + 60 * options.minutes
+    about = {"jax": jax.__version__, "fault_free_error": baseline}
+    about |= {"settings": SETTINGS, "launch": OPTIONS}
+
+    def count():
+        return sum(len(record["faults"]) for record in records)
+
+    while count() < options.faults and time.monotonic() < deadline:
         record = run_job(options.seed + len(records), baseline)
         records.append(record)
-        about = {"jax": jax.__version__, "steps": STEPS, "save_every": SAVE_EVERY}
-        about |= {"fault_free_error": baseline, "settings": SETTINGS}
         options.out.write_text(json.dumps(about | {"jobs": records}, indent=1) + "\n")
-        print(count + len(record["kills"]), json.dumps(record), flush=True)
+        print(count(), json.dumps(record), flush=True)
     print(table(records))
-    broken = [record for record in records if record["broken"]]
+    violations = [record for record in records if record["violations"]]
     errors = [abs(record.get("error", baseline) / baseline - 1) for record in records]
+    lost = [steps for record in records for steps in record["steps_lost"]]
     print(
-        f"{len(records)} jobs, {count} signals, {len(broken)} violations; "
-        f"errors within {100 * max(errors):.2f} % of {baseline:.4f}"
+        f"{len(records)} jobs, {count()} faults, {len(lost)} restarts with at most "
+        f"{max(lost, default=0)} steps lost, {len(violations)} violations; errors "
+        f"within {100 * max(errors):.2f} % of {baseline:.4f}"
     )
-    sys.exit(bool(broken))
+    sys.exit(bool(violations) or count() < options.faults)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Plan of the dispatches of a run."""
 
+import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,21 +29,61 @@ def test_segment_follows_the_schedule(schedule, start, limit, max_steps):
     assert 1 <= steps <= min(limit, max_steps)
     assert segment.end_step == start + steps
     assert segment.due == tuple(schedule(start + i) for i in range(1, steps + 1))
-    if period is None:
-        assert steps in (1, max_steps)
-    else:
+    if period is not None:
         assert segment.due == tuple(i % period == 0 for i in range(1, steps + 1))
         assert steps in (period, max_steps // period * period)
 
 
-def test_regular_rounds_are_fused_and_irregular_ones_gated():
-    at_steps = lsgd.at_steps([5, 9])
+def steps_and_periods(schedule, num_steps, max_steps=64, **options):
+    """Returns the steps and the period of each segment of a run."""
+    result, step = [], 0
+    while step < num_steps:
+        limit = min(max_steps, num_steps - step)
+        segment = next_segment(schedule, step, limit, max_steps, **options)
+        step = segment.end_step
+        result.append(segment[:2])
+    return result
+
+
+def test_short_rounds_share_a_dispatch():
     assert next_segment(lsgd.every(4), 0, 64, 64)[:2] == (64, 4)
     assert next_segment(lsgd.every(4), 0, 63, 64)[:2] == (4, 4)
-    assert next_segment(lsgd.every(4), 2, 64, 64)[:2] == (64, None)
-    assert next_segment(at_steps, 0, 64, 64)[:2] == (64, None)
-    assert next_segment(at_steps, 0, 30, 64)[:2] == (1, None)
-    assert next_segment(lsgd.every(100), 0, 64, 64)[:2] == (64, None)
+    alone = steps_and_periods(lsgd.every(4), 8, rounds_are_alike=False)
+    assert alone == [(4, 4), (4, 4)]
+
+
+@pytest.mark.parametrize(
+    "period, expected",
+    [
+        (100, [(36, None), (64, 64)]),
+        (128, [(64, None), (64, 64)]),
+        (200, [(8, None), (64, None), (64, None), (64, 64)]),
+        (1000, [(32, None), (8, None), *[(64, None)] * 14, (64, 64)]),
+    ],
+)
+def test_long_rounds_end_with_a_full_dispatch(period, expected):
+    """A length beyond the steps that are searched is a sum of powers of two."""
+    assert steps_and_periods(lsgd.every(period), 2 * period) == 2 * expected
+
+
+def test_recurring_lengths_are_not_divided():
+    schedule = lsgd.with_lead(lsgd.evenly_spaced(30, 4), 5)
+    rounds = steps_and_periods(schedule, 60)
+    assert rounds == [(n, n) for n in (2, 5, 3, 5, 2, 5, 3, 5)] * 2
+
+
+def test_other_lengths_are_sums_of_powers_of_two():
+    segments = steps_and_periods(lsgd.at_steps([7, 20]), 30)
+    assert segments[:3] == [(2, None), (1, None), (4, 4)]
+    assert segments[3:6] == [(4, None), (1, None), (8, 8)]
+    assert segments[6:] == [(8, None), (2, None)]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_irregular_schedule_has_few_programs(seed):
+    steps = np.random.default_rng(seed).choice(2000, 30, replace=False) + 1
+    programs = set(steps_and_periods(lsgd.at_steps(sorted(steps.tolist())), 2000))
+    assert len(programs) <= 16
 
 
 def plan(num_batches, step=0, round_number=0, **options):

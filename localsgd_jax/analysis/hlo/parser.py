@@ -1,14 +1,20 @@
 """Parser of the text of compiled HLO modules."""
 
+import itertools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 _ARRAY_TYPE = re.compile(r"\b(pred|bf16|[fsuc]\d+\w*)\[([^\]]*)\]")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = ")
+_END = re.compile(r"\}(, execution_thread=.*)?\s*$")
 _NAME = re.compile(r"%([\w.\-]+)")
+_CALLED_KEYS = (
+    *("calls", "to_apply", "called_computations", "select", "scatter", "condition"),
+    *("body", "branch_computations", "true_computation", "false_computation"),
+)
 
 
 class Instruction(NamedTuple):
@@ -70,7 +76,8 @@ def parse(text: str) -> HloModule:
       The module.
 
     Raises:
-      ValueError: if the text has no entry computation.
+      ValueError: if the text has no entry computation, several modules or lines that
+        are no instructions.
 
     Example:
       >>> module = parse('''HloModule m, num_partitions=2
@@ -82,20 +89,53 @@ def parse(text: str) -> HloModule:
       >>> module.entry, module.num_devices, module.computations["main"]["x"].opcode
       ('main', 2, 'parameter')
     """
+    num_modules = len(re.findall(r"^HloModule ", text, re.M))
+    if num_modules > 1:
+        raise ValueError(
+            "collective_ops(program): its text must be that of one module, got "
+            f"{num_modules}"
+        )
     entry, current = None, None
-    computations: dict[str, dict[str, Instruction]] = {}
+    computations: dict[str, Computation] = {}
     for line in text.splitlines():
         if opening := _COMPUTATION.match(line):
             is_entry, name = opening.groups()
             entry = name if is_entry else entry
-            current = computations[name] = {}
-        elif current is not None and (start := _INSTRUCTION.match(line)):
-            current[start[1]] = _parse_instruction(start[1], line[start.end() :])
+            current = name, []
+        elif current and _END.match(line):
+            computations[current[0]] = _parse_computation(current[1])
+            current = None
+        elif current:
+            current[1].append(line)
+        elif computations and line.strip():
+            raise ValueError(
+                f"collective_ops(program): unreadable line of its text {line[:80]!r}"
+            )
+    if current:
+        raise ValueError("collective_ops(program): its text ends in a computation")
     if entry is None:
         raise ValueError("collective_ops(program): its text has no ENTRY computation")
+    return HloModule(entry, computations, num_partitions(text))
+
+
+def num_partitions(text: str) -> int:
+    """Returns the number of devices that run a module together.
+
+    Args:
+      text: of the compiled module. That of a program for several TPU slices is the
+        module of one of them.
+
+    Returns:
+      The number in its header.
+    """
     header = text.partition("\n")[0]
     counts = re.findall(r"\b(?:num_partitions|replica_count)=(\d+)", header)
-    return HloModule(entry, computations, math.prod(map(int, counts)))
+    return math.prod(map(int, counts))
+
+
+def all_called_names(instruction: Instruction) -> tuple[str, ...]:
+    """Returns the names of all computations that an instruction executes."""
+    return tuple(name for key in _CALLED_KEYS for name in instruction.called_names(key))
 
 
 def type_bytes(text: str) -> int:
@@ -120,6 +160,23 @@ def type_bytes(text: str) -> int:
 def dtypes(text: str) -> tuple[str, ...]:
     """Returns the distinct element types of an HLO type, such as `("f32", "s32")`."""
     return tuple(dict.fromkeys(dtype for dtype, _ in _ARRAY_TYPE.findall(text)))
+
+
+def _parse_computation(lines: Sequence[str]) -> Computation:
+    """Parses the instructions of a computation; some span several lines."""
+    starts = [index for index, line in enumerate(lines) if _INSTRUCTION.match(line)]
+    if lines and starts[:1] != [0]:
+        raise ValueError(
+            f"collective_ops(program): unreadable line of its text {lines[0][:80]!r}"
+        )
+    instructions = {}
+    for begin, end in itertools.pairwise([*starts, len(lines)]):
+        text = "\n".join(lines[begin:end])
+        start = _INSTRUCTION.match(text)
+        if start:
+            name = start[1]
+            instructions[name] = _parse_instruction(name, text[start.end() :])
+    return instructions
 
 
 def _parse_instruction(name: str, text: str) -> Instruction:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-Groups = tuple[tuple[int, ...], ...]
+from localsgd_jax.analysis.device_layout import Groups
 
 _IOTA = re.compile(
     r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", re.ASCII
@@ -61,8 +61,7 @@ def parse_replica_groups(attributes: str, num_devices: int) -> Groups:
         return _as_tuples(groups) if groups else (tuple(range(num_devices)),)
     if "replica_groups=" in attributes:
         raise NotImplementedError(
-            "collective_ops(program): unknown form of replica groups: "
-            f"{attributes[:120]!r}"
+            f"replica groups of unknown form: {attributes.strip(', ')[:80]!r}"
         )
     return (tuple(range(num_devices)),)
 

@@ -52,8 +52,10 @@ class CoordinatorMonitor(threading.Thread):
     Process 0 hangs if it does not answer for the grace period although
 
     - another process was aborted, as JAX does when process 0 does not respond, or
-    - all other processes have exited, or
-    - it is stopped by a signal before it listens.
+    - all other processes have exited or are stopped by a signal, or
+    - it is itself stopped by a signal before it listens.
+
+    A scheduler that suspends a job stops the launcher, too.
 
     Only the time of the attempts counts, so that a launcher that was itself stopped
     does not take its own absence for that of process 0. A process 0 that works after
@@ -141,7 +143,8 @@ class CoordinatorMonitor(threading.Thread):
 
     def _is_hanging(self) -> bool:
         """Contacts process 0 if there is a reason; returns whether it hangs."""
-        must_answer = self._has_aborted_peer or not self._running_peers
+        stopped_peers = self._stopped_seconds.keys()
+        must_answer = self._has_aborted_peer or self._running_peers <= stopped_peers
         stopped = is_stopped(self._pids[0])
         if not (must_answer or stopped or self._unreported):
             return False

@@ -13,7 +13,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from localsgd_jax.distributed.launcher import reaper
-from localsgd_jax.distributed.launcher.coordinator import ABORT_CODE, CoordinatorMonitor
+from localsgd_jax.distributed.launcher.coordinator import (
+    ABORT_CODE,
+    CoordinatorMonitor,
+    is_stopped,
+)
 from localsgd_jax.distributed.launcher.output import OutputForwarder, log
 from localsgd_jax.distributed.launcher.ports import free_port
 from localsgd_jax.distributed.launcher.process_environment import (
@@ -281,7 +285,7 @@ class WorkerGroup:
         terminate = decisive and bool(self._running)
         if code:
             if self.first_failed_slot is None:
-                self.first_failed_slot = self.slots[index]
+                self.first_failed_slot = self.slots[self._find_cause(index)]
             suffix = "; terminating the others" if terminate else ""
             log(f"process {index} exited with {code}{suffix}")
             if terminate:
@@ -291,6 +295,11 @@ class WorkerGroup:
             grace = self.config.grace_period
             reason = f"process 0 exited with 0 {grace:g} s ago; terminating the others"
             self._terminate(signal.SIGTERM, grace, reason)
+
+    def _find_cause(self, index: int) -> int:
+        """Returns the process that has failed first; it may be stopped by a signal."""
+        pids = {i: self._processes[i].pid for i in sorted(self._running)}
+        return next((i for i, pid in pids.items() if is_stopped(pid)), index)
 
     def _on_coordinator_hang(self) -> None:
         """Kills all processes, as if process 0 had been aborted like the others."""

@@ -21,10 +21,10 @@ MUTANTS = {
         "if False:",
         "distributed/test_rendezvous.py -k slow_client_is_disconnected",
     ),
-    "extends the timeout of the rendezvous with each client": Mutant(
+    "waits for missing processes without a limit": Mutant(
         "distributed/registration.py",
-        "            if now >= deadline:\n                return",
-        "            if now >= deadline and not self._clients:\n                return",
+        "            if now >= deadline:\n",
+        "            if False:\n",
         "distributed/test_rendezvous.py -k do_not_extend",
     ),
     "does not notice that a registered process is stopped": Mutant(

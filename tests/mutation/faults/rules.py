@@ -103,8 +103,8 @@ MUTANTS = {
     ),
     "forgets the server error": Mutant(
         "rules/compression.py",
-        "chunk = chunk + errors[index]",
-        "chunk = chunk + 0 * errors[index]",
+        "chunk = chunk + jax.lax.dynamic_slice_in_dim(errors, start, chunk.size)",
+        "chunk = chunk + 0 * start",
         "rules/test_compression.py -k preserves_the_sum",
     ),
     "forgets the worker error": Mutant(
@@ -118,6 +118,31 @@ MUTANTS = {
         "vector.at[positions].set(0)\n",
         "vector\n",
         "rules/test_compression.py -k test_top_k",
+    ),
+    "takes the scale of positive numbers": Mutant(
+        "rules/codecs.py",
+        "jnp.maximum(maximum, -_over_blocks(jnp.min, rows, block))",
+        "maximum",
+        "rules/test_codecs.py -k consecutive_blocks",
+    ),
+    "rounds codes down": Mutant(
+        "rules/codecs.py",
+        "if stochastic else 0.5",
+        "if stochastic else 0.0",
+        "rules/test_codecs.py -k round_trip",
+    ),
+    "packs neighbours instead of parts": Mutant(
+        "rules/codecs.py",
+        "codes.reshape(*codes.shape[:-1], parts, -1, width)",
+        "codes.reshape(*codes.shape[:-1], -1, width, parts)\n"
+        "    codes = jnp.moveaxis(codes, -1, -3)",
+        "rules/test_codecs.py -k inverts",
+    ),
+    "pads short rows to whole tiles": Mutant(
+        "rules/codecs.py",
+        "if multiple <= _MAX_PADDING * length:",
+        "if multiple <= length:",
+        "rules/test_codecs.py -k padded_to_tiles",
     ),
     "counts inactive workers in a median": Mutant(
         "rules/robust.py",

@@ -45,7 +45,7 @@ def read_row(
     sent = dict.fromkeys(traffic.Traffic._fields)
     if compiled.text:
         sent = traffic.read(compiled.text, described)._asdict()
-    return compiled.facts | sent | {"failure": compiled.failure}
+    return compiled.measured | sent | {"failure": compiled.failure}
 
 
 def rules_of(mesh: str) -> list[str]:

@@ -49,7 +49,7 @@ def compile_program(
     sent = dict.fromkeys(traffic.Traffic._fields)
     if compiled.text:
         sent = traffic.read(compiled.text, described)._asdict()
-    return compiled.facts | sent | {"failure": compiled.failure}
+    return compiled.measured | sent | {"failure": compiled.failure}
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:

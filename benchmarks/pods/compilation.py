@@ -40,12 +40,12 @@ class Compilation(NamedTuple):
     """Result of a compilation.
 
     Attributes:
-      facts: sizes in bytes and times in seconds, by name.
+      measured: sizes in bytes and times in seconds, by name.
       text: the compiled program as HLO text; "" if there is none.
       failure: reason why there is no program; "" if there is one.
     """
 
-    facts: dict[str, Any]
+    measured: dict[str, Any]
     text: str
     failure: str
 
@@ -56,7 +56,7 @@ def compile_in_process(
     """Lowers and compiles a program in a process of its own.
 
     Args:
-      function: `module:name` of a function that returns `(lowered, facts)`.
+      function: `module:name` of a function that returns `(lowered, measured)`.
       options: its keyword arguments, which JSON can represent.
       limits: limits of the process.
       package: directory with the `localsgd_jax` to compile with.
@@ -76,8 +76,8 @@ def compile_in_process(
                 stderr=stderr,
             )
             failure = _wait(process, limits)
-        facts = {"process_s": round(time.monotonic() - start, 1)}
-        return _read_result(Path(folder), facts, failure)
+        measured = {"process_s": round(time.monotonic() - start, 1)}
+        return _read_result(Path(folder), measured, failure)
 
 
 def _environment(package: Path) -> dict[str, str]:
@@ -122,18 +122,18 @@ def _resident_bytes(pid: int) -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def _read_result(folder: Path, facts: dict, failure: str) -> Compilation:
+def _read_result(folder: Path, measured: dict, failure: str) -> Compilation:
     """Returns the files of the child process as a compilation."""
     text = folder / "program.hlo"
     result = folder / "result.json"
     if result.exists():
-        facts |= json.loads(result.read_text())
-    error = facts.pop("error", "")
+        measured |= json.loads(result.read_text())
+    error = measured.pop("error", "")
     if failure.startswith("exit status"):
         last = (folder / "stderr").read_text(errors="replace").strip().splitlines()[-1:]
         failure = f"{failure}: {''.join(last)}"
     return Compilation(
-        facts, text.read_text() if text.exists() else "", error or failure
+        measured, text.read_text() if text.exists() else "", error or failure
     )
 
 
@@ -147,23 +147,23 @@ def describe_error(error: Exception) -> str:
 
 
 def main(function: str, options: str, folder: str) -> None:
-    """Compiles in this process and writes the facts and the program as files."""
+    """Compiles in this process and writes the measured and the program as files."""
     module, _, name = function.partition(":")
-    facts: dict[str, Any] = {}
+    measured: dict[str, Any] = {}
     try:
         start = time.perf_counter()
         lower = getattr(importlib.import_module(module), name)
-        lowered, facts = lower(**json.loads(options))
-        facts["lower_s"] = time.perf_counter() - start
+        lowered, measured = lower(**json.loads(options))
+        measured["lower_s"] = time.perf_counter() - start
         # Also there if the compiler aborts.
-        Path(folder, "result.json").write_text(json.dumps(facts))
+        Path(folder, "result.json").write_text(json.dumps(measured))
         start, cpu_start = time.perf_counter(), time.process_time()
         compiled = lowered.compile()
-        facts["compile_s"] = time.perf_counter() - start
+        measured["compile_s"] = time.perf_counter() - start
         # Unlike the wall time, independent of other load on the machine.
-        facts["compile_cpu_s"] = time.process_time() - cpu_start
+        measured["compile_cpu_s"] = time.process_time() - cpu_start
         memory = compiled.memory_analysis()
-        facts |= {
+        measured |= {
             "argument_bytes": memory.argument_size_in_bytes,
             "output_bytes": memory.output_size_in_bytes,
             "alias_bytes": memory.alias_size_in_bytes,
@@ -171,8 +171,8 @@ def main(function: str, options: str, folder: str) -> None:
         }
         Path(folder, "program.hlo").write_text(compiled.as_text())
     except Exception as error:  # Every failure of the compiler is a result.
-        facts["error"] = describe_error(error)
-    Path(folder, "result.json").write_text(json.dumps(facts))
+        measured["error"] = describe_error(error)
+    Path(folder, "result.json").write_text(json.dumps(measured))
 
 
 if __name__ == "__main__":

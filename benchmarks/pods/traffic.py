@@ -36,49 +36,17 @@ def read(text: str, described: Topology) -> Traffic:
       The bytes.
     """
     mesh = make_mesh(described)
-    ops = parse_collective_ops(text, dict(mesh.shape))
-    slices = [_slice_of(device) for device in mesh.devices.flat]
+    ops = parse_collective_ops(text, mesh)
     workers = set(described.worker_axes)
 
-    def is_across(op: CollectiveOp) -> bool:
-        return any(len({slices[i] for i in group}) > 1 for group in op.groups)
+    def total(numbers: Iterable[tuple[CollectiveOp, float]]) -> float:
+        return sum(sent * (op.trip_count or 1) for op, sent in numbers)
 
+    inner = [op for op in ops if not workers & set(op.axes or workers)]
+    between = [op for op in ops if workers & set(op.axes or workers)]
     return Traffic(
-        _sent(op for op in ops if not workers & set(op.axes or workers)),
-        _sent(op for op in ops if workers & set(op.axes or workers)),
-        _sent(op for op in ops if not is_across(op)),
-        _sent(op for op in ops if is_across(op)),
+        total((op, op.bytes_sent) for op in inner),
+        total((op, op.bytes_sent) for op in between),
+        total((op, op.ici_bytes_sent) for op in ops),
+        total((op, op.dcn_bytes_sent) for op in ops),
     )
-
-
-def _slice_of(device) -> int:
-    """Returns the index of the slice of a TPU, or of the host of a GPU."""
-    return device.slice_index if device.platform == "tpu" else device.process_index
-
-
-def _sent(ops: Iterable[CollectiveOp]) -> float:
-    return sum(op.bytes_sent * (op.trip_count or 1) for op in ops)
-
-
-# TEMP until analysis reads megascale transfers
-import os
-if os.environ.get("TEMP_DCN"):
-    import re
-    from localsgd_jax.analysis.hlo import parser
-    _inner_read = read
-    def read(text, described):
-        got = _inner_read(text, described)
-        prog = parser.parse(text); total = 0.0; from localsgd_jax.analysis.hlo.trip_counts import trip_count
-        loops = {}
-        for c in prog.computations.values():
-            for l in c.values():
-                if l.opcode == "while":
-                    (b,) = prog.called(l, "body"); loops[id(b)] = trip_count(prog, l, c) or 1
-        n = described.slices
-        for c in prog.computations.values():
-            for l in c.values():
-                if l.opcode == "send" and "megascale" in l.attributes:
-                    ty = re.search(r'_xla_megascale_transfer_type="(\w+)"', l.attributes)[1]
-                    b = parser.type_bytes(c[l.operands[0]].type) * loops.get(id(c), 1)
-                    total += b * {"ALL_REDUCE": 2*(n-1)/n, "ALL_GATHER": n-1, "REDUCE_SCATTER": (n-1)/n, "ALL_TO_ALL": (n-1)/n}.get(ty, 1)
-        return got._replace(dcn_bytes=got.dcn_bytes+total, worker_bytes=got.worker_bytes+total)

@@ -1,11 +1,11 @@
 """Compilation of programs for analysis, and the mesh of a compiled program."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 
-from localsgd_jax.analysis.device_layout import count_devices, make_layout
+from localsgd_jax.analysis.device_layout import DeviceLayout, count_devices, make_layout
 from localsgd_jax.analysis.hlo.parser import num_partitions
 
 
@@ -82,7 +82,7 @@ def check_devices(call: str, text: str, mesh: Any) -> None:
     Raises:
       ValueError: if the program runs on fewer or more devices.
     """
-    layout = make_layout(mesh)
+    layout = cast(DeviceLayout, make_layout(mesh))
     count = count_devices(layout, num_partitions(text))
     if count != layout.size:
         raise ValueError(

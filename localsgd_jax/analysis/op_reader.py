@@ -117,7 +117,7 @@ class OpReader:
         ):
             return None
         problem = self._problem(instruction)
-        return problem and self._unknown_op(instruction, computation, problem)
+        return self._unknown_op(instruction, computation, problem) if problem else None
 
     def _problem(self, instruction: parser.Instruction) -> str | None:
         """Returns why an instruction may leave the device unseen, or None."""

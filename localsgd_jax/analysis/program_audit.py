@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 from jax.sharding import Mesh
 
 from localsgd_jax.analysis import compilation
 from localsgd_jax.analysis.collective_op import CollectiveOp, filter_by_axis
-from localsgd_jax.analysis.device_layout import make_layout
+from localsgd_jax.analysis.device_layout import DeviceLayout, make_layout
 from localsgd_jax.analysis.entry_point import describe_result
 from localsgd_jax.analysis.ops import parse_collective_ops
 from localsgd_jax.analysis.table import describe_op, format_table
@@ -83,7 +83,7 @@ def audit_program(build: Callable, mesh: Mesh, axis: str, kind: str) -> Report:
             f"{describe_result(program)}"
         )
     function, *arguments = program
-    text = compilation.compile_program(function, arguments, {}).as_text()
+    text = compilation.compile_program(function, tuple(arguments), {}).as_text()
     compilation.check_devices("audit", text, mesh)
     ops, is_allowed = parse_collective_ops(text, mesh), ALLOWED_COLLECTIVES[kind]
     violations = tuple(
@@ -156,7 +156,8 @@ def report_to_dict(report: Report) -> dict[str, Any]:
 
 def _describe_devices(mesh: Mesh) -> str:
     """Returns the number and kind of the devices, and how many slices or hosts."""
-    first, count = mesh.devices.flat[0], make_layout(mesh).num_slices
+    first = mesh.devices.flat[0]
+    count = cast(DeviceLayout, make_layout(mesh)).num_slices
     devices = f"{mesh.size} x {first.device_kind}"
     unit = "slices" if first.platform == "tpu" else "hosts"
     return f"{devices} in {count} {unit}" if count > 1 else devices

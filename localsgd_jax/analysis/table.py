@@ -31,9 +31,8 @@ def format_table(ops: Iterable[CollectiveOp]) -> str:
       >>> groups = ((0, 1, 2, 3, 4, 5, 6, 7),)
       >>> op = CollectiveOp("all-reduce", ("f32",), 80, 140.0, groups, ("worker",),
       ...                   (Loop("while", 3),))
-      >>> print(format_table([op]))
-      collective  type  bytes  sent ICI  sent DCN  axes    control flow  overlaps     source
-      all-reduce  f32   80     140       0         worker  loop of 3     synchronous  unknown
+      >>> format_table([op]).splitlines()[1].split()[:6]
+      ['all-reduce', 'f32', '80', '140', '0', 'worker']
     """
     rows = [_HEADINGS, *map(_format_row, ops)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

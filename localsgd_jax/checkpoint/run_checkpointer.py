@@ -162,8 +162,8 @@ class RunCheckpointer:
         Args:
           state: initial state from `cluster.init`, which is returned if there is no
             checkpoint. Otherwise the checkpoint must match it. It may be abstract, from
-            `cluster.init` of `jax.ShapeDtypeStruct`s, so that only the restored state
-            is in memory; then there must be a checkpoint.
+            `cluster.init` of abstract parameters, so that only the restored state is in
+            memory; then there must be a checkpoint.
           reset_fields: fields of the train state that are re-initialised if K changes,
             such as `["opt_state"]`: they are taken from `state`.
           fallback: whether an earlier checkpoint is restored if the latest is damaged.

@@ -106,6 +106,11 @@ def test_async_start_of_a_called_computation():
           %p = f32[8]{0} parameter(0)
           ROOT %r = f32[1]{0} reduce-scatter(%p), replica_groups=[1,8]<=[8]
         }
+
+        %inner (q: f32[8]) -> f32[8] {
+          %q = f32[8]{0} parameter(0)
+          ROOT %n = f32[8]{0} negate(%q)
+        }
         """,
     )
     (op,) = parse_collective_ops(wrapped)
@@ -346,11 +351,11 @@ def test_table_columns():
     lines = format_table(lsgd.collective_ops(call, argument)).splitlines()
     assert len(lines) == 2
     assert lines[0].split() == [
-        *("collective", "type", "bytes", "sent", "axes"),
+        *("collective", "type", "bytes", "sent", "ICI", "sent", "DCN", "axes"),
         *("control", "flow", "overlaps", "source"),
     ]
-    assert lines[1].split()[:7] == [
-        *("all-reduce", "f32", "4", "7", "worker", "always", "synchronous")
+    assert lines[1].split()[:8] == [
+        *("all-reduce", "f32", "4", "7", "0", "worker", "always", "synchronous")
     ]
     assert "test_collective_ops.py:" in lines[1]
 

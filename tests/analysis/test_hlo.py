@@ -38,7 +38,7 @@ def test_replica_groups_of_each_form(text, expected):
 
 @pytest.mark.parametrize("form", ["mesh['a'=4, device_ids=([4])] {'a'}", "V2[4]"])
 def test_unknown_replica_groups_raise(form):
-    with pytest.raises(NotImplementedError, match="unknown form .*: .*replica_groups="):
+    with pytest.raises(NotImplementedError, match="unknown form: .*replica_groups="):
         replica_groups.parse_replica_groups(f"replica_groups={form}", 4)
 
 

@@ -341,7 +341,9 @@ def test_invalid_rule_output_raises(rule, message):
 
 
 def test_rule_init_without_rule_state_raises():
-    rule = lsgd.SyncRule(lambda tree, specs: None, lambda tree, state, context: (tree, state))
+    rule = lsgd.SyncRule(
+        lambda tree, specs: None, lambda tree, state, context: (tree, state)
+    )
     with pytest.raises(TypeError, match="'params': init must return a RuleState"):
         init(rule)
 

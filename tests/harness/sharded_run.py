@@ -1,4 +1,4 @@
-"""Runs with sharded workers whose state is different on each worker."""
+"""Runs with sharded workers and a different state on each worker."""
 
 import jax
 import jax.numpy as jnp

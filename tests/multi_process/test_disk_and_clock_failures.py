@@ -62,7 +62,10 @@ def test_read_only_disk_raises_at_once(disk):
         "ro", disk, sys.executable, "checkpoint_on_full_disk.py", disk / "run", "4"
     )
     row = json.loads(ended.stdout)
-    assert row["error"] == f"[Errno 30] Read-only file system: '{disk / 'run'}'"
+    assert row["error"] == (
+        f"RunCheckpointer(directory): {disk / 'run'} cannot be created or written "
+        "(Read-only file system)"
+    )
 
 
 @pytest.mark.full
@@ -78,7 +81,7 @@ def test_command_line_prints_one_line(disk, tmp_path):
 
 def test_directory_below_a_file_raises(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match="Not a directory: '.*file/run'"):
+    with pytest.raises(CheckpointError, match="file/run cannot .*Not a directory"):
         checkpoint_on_full_disk.run(tmp_path / "file" / "run", 4)
 
 

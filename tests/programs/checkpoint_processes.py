@@ -26,7 +26,9 @@ from localsgd_jax.distributed.arrays import to_host
 
 
 def emit(case, **values):
-    print(json.dumps({"process": jax.process_index(), "case": case} | values), flush=True)
+    print(
+        json.dumps({"process": jax.process_index(), "case": case} | values), flush=True
+    )
 
 
 def save(directory):
@@ -50,7 +52,9 @@ def restored(directory, workers, fsdp, **options):
     template = cluster.init(abstract_params(mesh))
     with RunCheckpointer(directory, cluster) as checkpointer:
         state, _ = checkpointer.restore(template, **options)
-    for leaf, like in zip(jax.tree.leaves(state), jax.tree.leaves(template), strict=True):
+    for leaf, like in zip(
+        jax.tree.leaves(state), jax.tree.leaves(template), strict=True
+    ):
         assert leaf.sharding == like.sharding
     return to_host(state)
 
@@ -71,7 +75,9 @@ def is_mean(new, old):
 
 def flip_bit(path):
     """Flips a bit in the middle of the largest file of a directory."""
-    largest = max((x for x in path.rglob("*") if x.is_file()), key=lambda x: x.stat().st_size)
+    largest = max(
+        (x for x in path.rglob("*") if x.is_file()), key=lambda x: x.stat().st_size
+    )
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 16
     largest.write_bytes(content)

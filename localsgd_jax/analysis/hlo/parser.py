@@ -105,9 +105,9 @@ def parse(text: str) -> HloModule:
         elif current and _END.match(line):
             computations[current[0]] = _parse_computation(current[1])
             current = None
-        elif current:
+        elif current and line.strip():
             current[1].append(line)
-        elif computations and line.strip():
+        elif computations and not current and line.strip():
             raise ValueError(
                 f"collective_ops(program): unreadable line of its text {line[:80]!r}"
             )

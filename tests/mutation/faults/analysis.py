@@ -34,20 +34,20 @@ MUTANTS = {
         "analysis/test_collective_ops.py -k ring",
     ),
     "reads an async pair as synchronous": Mutant(
-        "analysis/ops.py",
+        "analysis/async_ops.py",
         "                return tuple(overlapped)",
         "                return None",
         "analysis/test_collective_ops.py -k overlapped_ops",
     ),
     "skips the first branch": Mutant(
-        "analysis/ops.py",
+        "analysis/op_reader.py",
         "for index, branch in enumerate(branches):",
         "for index, branch in list(enumerate(branches))[1:]:",
         "analysis/test_collective_ops.py -k control_flow",
     ),
     "skips the bodies of loops": Mutant(
-        "analysis/ops.py",
-        "yield body, Loop(loop.name, count)",
+        "analysis/op_reader.py",
+        "yield body, (Loop(loop.name, count),)",
         "pass",
         "analysis/test_collective_ops.py -k loop",
     ),
@@ -100,7 +100,7 @@ MUTANTS = {
         "analysis/test_audit.py -k forbidden",
     ),
     "counts each piece of an async chain": Mutant(
-        "analysis/ops.py",
+        "analysis/async_ops.py",
         "if piece.async_chain_id else number",
         "if False else number",
         "analysis/test_collective_ops.py -k chain",

@@ -5,14 +5,14 @@ from mutation.mutant import Mutant
 MUTANTS = {
     "hides why a checkpoint was not written": Mutant(
         "checkpoint/storage.py",
-        "({_root_cause(error)}); complete",
-        "; complete",
+        "({_root_cause(error)}); ",
+        "; ",
         "multi_process/test_disk_and_clock_failures.py -k full_disk",
     ),
     "counts examples from the restart": Mutant(
         "checkpoint/run_checkpointer.py",
-        '"examples_seen": self._examples_seen + examples_seen',
-        '"examples_seen": examples_seen',
+        '"examples_seen": self._examples_seen + seen',
+        '"examples_seen": seen',
         "checkpoint/test_run_checkpointer.py -k bitwise",
     ),
     "derives keys of new workers with the indices of old ones": Mutant(
@@ -23,8 +23,8 @@ MUTANTS = {
     ),
     "restores worker 0 onto all workers": Mutant(
         "checkpoint/resize.py",
-        "return leaf.mean(0, dtype=accumulation_dtype(leaf)).astype(leaf.dtype)",
-        "return leaf[0]",
+        "return (total / count.astype(dtype)).astype(rows.dtype)",
+        "return rows[0]",
         "checkpoint/test_resize.py -k other_number",
     ),
     "does not store the rule": Mutant(

@@ -25,10 +25,13 @@ _LOCAL_OPCODES = frozenset(
     """.split()
 )
 
-# Targets of custom calls that compute on, annotate or move data of one device.
+# Targets of custom calls that compute on, annotate or move data of one device. The
+# AsyncCollective ones mark the ends of a collective that the TPU compiler splits over a
+# loop; its pieces are collectives of their own, which are read.
 _LOCAL_CUSTOM_CALLS = frozenset(
     """
-    AllocateBuffer ApproxTopK AssumeGatherIndicesInBound Cholesky CompactWyHelper
+    AllocateBuffer ApproxTopK AssumeGatherIndicesInBound AsyncCollectiveDone
+    AsyncCollectiveStart Cholesky CompactWyHelper
     ConcatBitcast Eigh EighTpu GatherScatterIndicesBitpacked
     InvertDiagBlocksLowerTriangular InvertDiagBlocksUpperTriangular LayoutConstraint
     LuDecomposition LuDecompositionBlock LuRealDecompositionBlock MoveToDevice

@@ -67,7 +67,7 @@ def test_local_instructions_are_no_ops():
     ],
     ids=["debug", "pure", "io"],
 )
-def test_host_callback_in_a_step_is_refused(callback):
+def test_host_callback_in_a_step_raises(callback):
     def loss_fn(w, batch):
         result = callback(jax.lax.stop_gradient(w))
         return jnp.sum((w - batch) ** 2) + (0 if result is None else 0 * result.sum())
@@ -80,7 +80,7 @@ def test_host_callback_in_a_step_is_refused(callback):
 
 
 @pytest.mark.parametrize("target", ["tpu:v5e:2x2x2", "tpu:v5e:2x2:2", "tpu:v5e:4x4*2"])
-def test_other_notations_of_slices_are_refused(target):
+def test_other_notations_of_slices_raise(target):
     with pytest.raises(ValueError, match="slices="):
         compile_targets.target_mesh(target)
 

@@ -101,7 +101,7 @@ def test_changed_metadata_is_detected(tmp_path):
     "old, new", [((4, 2), (2, 4)), in_full((2, 4), (4, 2)), in_full((2, 4), (2, 2))]
 )
 def test_sharded_workers_restore_onto_another_number(tmp_path, old, new):
-    """Other workers start from the mean; shardings are those of the new state."""
+    """Other workers start from the mean, with the shardings of the new state."""
     cluster, initial = make_cluster(*old)
     (stored,) = save_steps(tmp_path, cluster, initial, steps=1)
     other, template = make_cluster(*new)
@@ -118,7 +118,7 @@ def test_sharded_workers_restore_onto_another_number(tmp_path, old, new):
         assert x.sharding.is_equivalent_to(like.sharding, x.ndim)
 
 
-def test_second_job_is_refused_and_stale_lock_is_taken_over(tmp_path):
+def test_second_job_raises_and_stale_lock_is_replaced(tmp_path):
     cluster, state = make_cluster()
     with RunCheckpointer(tmp_path / "run", cluster):
         with pytest.raises(CheckpointError, match=r"is in use by .*pid"):

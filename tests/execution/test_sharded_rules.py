@@ -162,7 +162,7 @@ def test_only_scalars_are_sent_inside_a_worker(name, layout):
 
 
 @all_layouts
-@all_rules
+@pytest.mark.parametrize("name", keep(ALL_RULES, ["quantize_4", "shard_state"]))
 def test_state_is_sharded_like_the_parameters(name, layout):
     """Each device holds its share of the state of the rule."""
     cluster, params = sharded_cluster(name, layout)

@@ -1,8 +1,9 @@
 """Memory and traffic of each rule where a worker spans many devices.
 
 Command: python -m benchmarks sharded_rules (10 minutes; needs the compiler for TPUs)
-Expected: arguments are the least possible, temporary memory is at most four pieces, and
-nothing but scalars is sent inside a worker.
+Expected: arguments are the least possible, and nothing but scalars is sent inside a
+worker. Temporary memory is at most four pieces but for compressed rules, which take up
+to eight.
 
 The synchronisation of each rule is compiled ahead of time, in a process of its own with
 limits of time and memory, for meshes of TPU slices or GPU hosts. The compiled program
@@ -88,6 +89,8 @@ def _join_changes(old: Sequence[str], new: Sequence[str]) -> list[str]:
 
 def meshes_table(rows: Sequence[dict]) -> str:
     """Returns arguments, temporary memory and traffic of all rules on other meshes."""
+    if not rows:
+        return "Not measured yet."
     names = [name for name in MESHES if any(row["mesh"] == name for row in rows)]
     rules = [rule for rule in RULES if any(row["rule"] == rule for row in rows)]
     found = {(row["mesh"], row["rule"]): row for row in rows}
@@ -132,6 +135,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         default=compilation.ROOT,
         help="directory with the localsgd_jax to compile with",
     )
+    parser.add_argument("--resume", action="store_true", help="only missing rows")
     parser.add_argument("--name", default="sharded_rules", help="of the result files")
     parser.add_argument("--out", type=Path, default=Path("benchmark-results"))
     parser.add_argument(
@@ -153,8 +157,11 @@ def main(arguments: Sequence[str]) -> None:
     path = options.out / f"{options.name}.json"
     command = shlex.join(["python", "-m", "benchmarks", "sharded_rules", *arguments])
     limits = compilation.Limits(options.seconds, options.gigabytes)
+    done = results.keys_of(path, KEYS) if options.resume else set()
     for mesh in options.mesh:
         for rule in options.rules or rules_of(mesh):
+            if (mesh, rule, options.size, options.weighted) in done:
+                continue
             row = compile_rule(
                 mesh, rule, options.size, options.weighted, limits, options.package
             )

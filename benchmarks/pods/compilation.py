@@ -83,7 +83,7 @@ def compile_in_process(
 def _environment(package: Path) -> dict[str, str]:
     """Returns the environment of the child process."""
     return os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(package), str(ROOT)]),
+        "PYTHONPATH": os.pathsep.join([str(package.resolve()), str(ROOT)]),
         "JAX_PLATFORMS": "cpu",
         # A cached program would have no compile time.
         "JAX_ENABLE_COMPILATION_CACHE": "false",
@@ -147,7 +147,7 @@ def describe_error(error: Exception) -> str:
 
 
 def main(function: str, options: str, folder: str) -> None:
-    """Compiles in this process and writes the measured and the program as files."""
+    """Compiles in this process and writes the numbers and the program as files."""
     module, _, name = function.partition(":")
     measured: dict[str, Any] = {}
     try:

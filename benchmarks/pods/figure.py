@@ -18,7 +18,7 @@ def plot(rows: Sequence[dict], directory: Path) -> None:
     for index, method in enumerate(methods):
         chosen = sorted(
             (row for row in rows if row["method"] == method),
-            key=lambda row: (row["chips"], row["slices"]),
+            key=lambda row: (row["chips"] // row["slices"], row["slices"]),
         )
         style = plotting.curve_style(index, len(methods)) | {"label": method}
         style["linestyle"] = ":"

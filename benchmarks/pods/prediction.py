@@ -46,6 +46,8 @@ def _method_row(method: str, programs: dict, shape: gpt.Shape) -> dict:
     case = {key: step[key] for key in ("target", "slices", "chips")}
     row = case | {"method": method}
     failures = [part["failure"] for part in parts if part["failure"]]
+    if any(part.get("dcn_bytes", 0) is None for part in parts if not part["failure"]):
+        failures.append("traffic not understood")
     row |= {
         "failure": "; ".join(failures),
         "compile_cpu_s": [part.get("compile_cpu_s") for part in parts],

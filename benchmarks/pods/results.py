@@ -26,6 +26,11 @@ def read(path: Path) -> dict:
     return json.loads(path.read_text())
 
 
+def keys_of(path: Path, keys: Sequence[str]) -> set[tuple]:
+    """Returns the values of some columns in all rows of a result file."""
+    return {tuple(row[key] for key in keys) for row in read(path)["rows"]}
+
+
 def update(path: Path, row: dict, keys: Sequence[str], command: str) -> None:
     """Writes a row with its command; it replaces the earlier one with equal keys."""
     earlier = read(path)

@@ -9,6 +9,14 @@ from jax.sharding import AxisType, Mesh
 
 from localsgd_jax.analysis import compile_targets
 
+# Without a TPU: no metadata server, no exclusive libtpu, no warnings about the host.
+_SETTINGS = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+}
+
 
 class Topology(NamedTuple):
     """A compile target and the axes of its mesh.
@@ -53,10 +61,11 @@ def missing_compiler(family: str) -> str | None:
 
 def make_mesh(topology: Topology) -> Mesh:
     """Returns the mesh of a topology; consecutive devices share a slice."""
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
     devices = np.array(_devices(topology)).reshape(tuple(topology.axes.values()))
-    return Mesh(
-        devices, tuple(topology.axes), axis_types=(AxisType.Auto,) * devices.ndim
-    )
+    axis_types = (AxisType.Auto,) * devices.ndim
+    return Mesh(devices, tuple(topology.axes), axis_types=axis_types)
 
 
 def _devices(topology: Topology) -> list:
@@ -64,9 +73,6 @@ def _devices(topology: Topology) -> list:
     family, _, name = topology.target.partition(":")
     if family == "gpu" or topology.slices == 1:
         return list(compile_targets.topology_devices(topology.target))
-    # The same settings that one slice needs: no metadata server, no exclusive libtpu.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     from jax.experimental import topologies
 
     description = topologies.get_topology_desc(name, "tpu", num_slices=topology.slices)

@@ -1,5 +1,6 @@
 """Bytes that a device sends inside a worker, inside a slice and across slices."""
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ class Traffic(NamedTuple):
     """Bytes that a device sends in one execution, by the ring formulas.
 
     Loops count with their trip count, and every branch of a conditional counts once.
+    None stands for a number that an instruction hides which is not understood.
 
     Attributes:
       inner_bytes: along axes inside a worker only.
@@ -19,10 +21,10 @@ class Traffic(NamedTuple):
       dcn_bytes: across slices or hosts.
     """
 
-    inner_bytes: float
-    worker_bytes: float
-    ici_bytes: float
-    dcn_bytes: float
+    inner_bytes: float | None
+    worker_bytes: float | None
+    ici_bytes: float | None
+    dcn_bytes: float | None
 
 
 def read(text: str, described: Topology) -> Traffic:
@@ -39,8 +41,9 @@ def read(text: str, described: Topology) -> Traffic:
     ops = parse_collective_ops(text, mesh)
     workers = set(described.worker_axes)
 
-    def total(numbers: Iterable[tuple[CollectiveOp, float]]) -> float:
-        return sum(sent * (op.trip_count or 1) for op, sent in numbers)
+    def total(numbers: Iterable[tuple[CollectiveOp, float]]) -> float | None:
+        sent = sum(count * (op.trip_count or 1) for op, count in numbers)
+        return sent if math.isfinite(sent) else None
 
     inner = [op for op in ops if not workers & set(op.axes or workers)]
     between = [op for op in ops if workers & set(op.axes or workers)]

@@ -13,11 +13,12 @@ from localsgd_jax.analysis.collective_op import (
 from localsgd_jax.analysis.hlo.source_locations import Frame
 from localsgd_jax.analysis.jaxpr_bytes import jaxpr_bytes_sent
 from localsgd_jax.analysis.ops import collective_ops, parse_collective_ops
-from localsgd_jax.analysis.ring_bytes import RING_BYTES_FACTOR
+from localsgd_jax.analysis.ring_bytes import DCN_BYTES_FACTOR, RING_BYTES_FACTOR
 from localsgd_jax.analysis.table import format_table
 from localsgd_jax.analysis.total_bytes import total_bytes_sent
 
 __all__ = [
+    "DCN_BYTES_FACTOR",
     "RING_BYTES_FACTOR",
     "Branch",
     "CollectiveOp",

@@ -9,7 +9,8 @@ from localsgd_jax.analysis.hlo import megascale
 from localsgd_jax.analysis.hlo.local_instructions import collective_opcode
 from localsgd_jax.analysis.hlo.parser import Instruction
 
-# Opcodes that occupy a device. Most others only rename or move data.
+# Opcodes that occupy a device. Most others only rename or move data, as do the custom
+# calls below.
 _COMPUTE_OPCODES = {
     "call",
     "conditional",
@@ -22,6 +23,11 @@ _COMPUTE_OPCODES = {
     "sort",
     "while",
 }
+
+_IDLE_CUSTOM_CALLS = re.compile(
+    r'custom_call_target="(?:AllocateBuffer|AssumeGatherIndicesInBound|'
+    r'AsyncCollective\w+|ConcatBitcast|SliceId)"'
+)
 
 
 def overlapped_ops(
@@ -53,9 +59,17 @@ def overlapped_ops(
             if instruction.opcode.endswith("-done"):
                 return tuple(overlapped)
             in_flight.add(instruction.name)
-        elif instruction.opcode in _COMPUTE_OPCODES or collective_opcode(instruction):
+        elif _occupies_device(instruction):
             overlapped.append(instruction.opcode)
     return tuple(overlapped)
+
+
+def _occupies_device(instruction: Instruction) -> bool:
+    """Returns whether an instruction computes or communicates."""
+    if instruction.opcode == "custom-call":
+        return not _IDLE_CUSTOM_CALLS.search(instruction.attributes)
+    opcode = instruction.opcode
+    return opcode in _COMPUTE_OPCODES or collective_opcode(instruction) is not None
 
 
 def async_chain_key(instruction: Instruction) -> str:

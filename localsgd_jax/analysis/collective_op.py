@@ -63,8 +63,8 @@ class CollectiveOp(NamedTuple):
       async_chain_id: identifier that the TPU compiler gives to all pieces of a
         collective that it splits over other work, such as a loop of local steps.
         Empty for other ops. The pieces are merged into one op.
-      dcn_bytes_sent: the part of `bytes_sent` that crosses TPU slices, or hosts of
-        other devices.
+      dcn_bytes_sent: the part of `bytes_sent` that crosses TPU slices, or processes
+        of other devices.
       problem: why the op is not understood, such as `custom call "f"`; else empty.
     """
 
@@ -83,7 +83,7 @@ class CollectiveOp(NamedTuple):
 
     @property
     def ici_bytes_sent(self) -> float:
-        """The part of `bytes_sent` that stays inside a TPU slice or host."""
+        """The part of `bytes_sent` that stays inside a TPU slice or process."""
         if math.isinf(self.bytes_sent):
             return math.inf
         return self.bytes_sent - self.dcn_bytes_sent

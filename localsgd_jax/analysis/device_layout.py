@@ -1,4 +1,4 @@
-"""Positions of a mesh: devices, and the slices or hosts that hold them."""
+"""Positions of a mesh: devices, and the slices or processes that hold them."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +15,7 @@ class DeviceLayout(NamedTuple):
     Attributes:
       sizes: sizes of the mesh axes, outermost first.
       device_ids: id of the device at each position; empty if they are not known.
-      slices: index of the TPU slice, or of the host of other devices, for each
+      slices: index of the TPU slice, or of the process of other devices, for each
         position; empty if the devices are not known.
     """
 
@@ -25,7 +25,7 @@ class DeviceLayout(NamedTuple):
 
     @property
     def num_slices(self) -> int:
-        """Number of TPU slices or hosts."""
+        """Number of TPU slices, or of processes of other devices."""
         return len(set(self.slices)) or 1
 
     @property
@@ -57,7 +57,7 @@ def make_layout(mesh: Any) -> DeviceLayout | None:
     return DeviceLayout(
         dict(mesh.shape),
         tuple(device.id for device in devices),
-        tuple(map(_slice_of, devices)),
+        _slices_of(devices),
     )
 
 
@@ -144,10 +144,13 @@ def _has_devices(mesh: Any) -> bool:
         return False
 
 
-def _slice_of(device: Any) -> int:
-    """Returns the index of the slice, or of the host of devices without slices.
+def _slices_of(devices: Sequence[Any]) -> tuple[int, ...]:
+    """Returns the index of the slice of each device, else that of its process.
 
-    Devices of a single TPU slice have no index.
+    `worker_mesh` groups devices by the same rule. A TPU slice may have several
+    processes, all of whose devices are on ICI.
     """
-    default = 0 if device.platform == "tpu" else device.process_index
-    return getattr(device, "slice_index", default)
+    slices = tuple(getattr(device, "slice_index", 0) for device in devices)
+    if len(set(slices)) > 1 or all(device.platform == "tpu" for device in devices):
+        return slices
+    return tuple(device.process_index for device in devices)

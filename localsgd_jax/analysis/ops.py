@@ -19,7 +19,7 @@ def collective_ops(
         all-reduce 2(n − 1)/n · b,  all-gather (n − 1) · b,
         reduce-scatter, all-to-all and broadcast (n − 1)/n · b,  permutation b
 
-    If the group extends over s TPU slices, or hosts of other devices, the part
+    If the group extends over s TPU slices, or processes of other devices, the part
 
         all-reduce 2(s − 1)/n · b,  all-gather (s − 1) · b,  all-to-all (s − 1)/s · b,
         reduce-scatter and broadcast (s − 1)/n · b,  permutation b

@@ -164,9 +164,9 @@ def _describe_devices(mesh: Mesh) -> str:
 
 
 def _format_range(bytes_range: tuple[float, float]) -> str:
-    """Formats a minimum and a maximum."""
-    low, high = bytes_range
-    return f"{low:.0f}" if low == high else f"{low:.0f} to {high:.0f}"
+    """Formats a minimum and a maximum; "?" for an unknown one."""
+    low, high = ("?" if math.isinf(x) else f"{x:.0f}" for x in bytes_range)
+    return low if low == high else f"{low} to {high}"
 
 
 def _finite_range(report: Report, network: str) -> list[float | None]:

@@ -91,15 +91,16 @@ def test_sync_start_is_not_async():
     assert [op.overlapped_ops for op in parse_collective_ops(waits)] == [None]
 
 
-def test_async_start_of_a_called_computation():
+@pytest.mark.parametrize(("name", "called"), [("async", "calls"), ("call", "to_apply")])
+def test_async_start_of_a_called_computation(name, called):
     wrapped = module_text(
-        """
-        %x = f32[8]{0} parameter(0)
-        %s = ((f32[8]{0}), f32[1]{0}) async-start(%x), calls=%wrapped
-        %f = f32[8]{0} fusion(%x), kind=kLoop, calls=%inner
-        %u = ((f32[8]{0}), f32[1]{0}) async-update(%s)
-        %f.1 = f32[8]{0} fusion(%x), kind=kLoop, calls=%inner
-        ROOT %d = f32[1]{0} async-done(%u)
+        f"""
+        %x = f32[8]{{0}} parameter(0)
+        %s = ((f32[8]{{0}}), f32[1]{{0}}) {name}-start(%x), {called}=%wrapped
+        %f = f32[8]{{0}} fusion(%x), kind=kLoop, calls=%inner
+        %u = ((f32[8]{{0}}), f32[1]{{0}}) {name}-update(%s)
+        %f.1 = f32[8]{{0}} fusion(%x), kind=kLoop, calls=%inner
+        ROOT %d = f32[1]{{0}} {name}-done(%u)
         """,
         rest="""
         %wrapped (p: f32[8]) -> f32[1] {

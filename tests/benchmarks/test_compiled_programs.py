@@ -173,6 +173,12 @@ def test_page_has_the_values_before_and_after(tmp_path):
     assert "old" not in text and text.startswith("Text.\n<!-- begin two slices -->\n|")
 
 
+def test_method_with_unknown_traffic_is_a_failure():
+    rows = [program_row(LOCAL_STEP, 0), program_row("DiLoCo", 32, dcn_bytes=None)]
+    (row,) = prediction.method_rows(rows, gpt.LARGE)
+    assert row["failure"] == "traffic not understood"
+
+
 def test_page_without_a_block_raises(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("Text.\n")
@@ -188,6 +194,7 @@ def test_rows_measured_again_replace_earlier_ones(tmp_path):
     content = results.read(path)
     assert content["rows"] == [{"rule": "a", "s": 3}, {"rule": "b", "s": 2}]
     assert content["commands"] == ["x", "y"] and content["machine"]["jax"]
+    assert results.keys_of(path, ["rule"]) == {("a",), ("b",)}
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def describe_unknown(instruction: Instruction) -> str | None:
       The reason, such as `custom call "f"`; None if it stays on the device.
     """
     opcode = instruction.opcode
-    if opcode == "async-update" or opcode.endswith("-done"):
+    if opcode.endswith(("-update", "-done")):
         return None  # Its start is read.
     if opcode in ("custom-call", "custom-call-start"):
         return _describe_custom_call(instruction)

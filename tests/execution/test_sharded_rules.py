@@ -46,7 +46,7 @@ ALL_RULES = {name: case.rule for name, case in RULES.items()} | MORE_RULES
 # complete tree.
 PER_PIECE = ("quantize", "top_k", "fragment_")
 # By default: one rule for each way to work on pieces.
-DEFAULT = ("quantize_4", "top_k", "shard_state", "with_diagnostics")
+DEFAULT = ("quantize_4", "shard_state", "with_diagnostics")
 SPECS = {
     "columns": P(None, "fsdp"),
     "replicated": P(),

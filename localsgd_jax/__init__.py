@@ -6,6 +6,7 @@ from localsgd_jax.analysis import (
     collective_ops,
 )
 from localsgd_jax.core.algorithm import WorkerState, from_train_step, local_sgd
+from localsgd_jax.core.axis_binding import bind_axis
 from localsgd_jax.core.types import (
     Algorithm,
     Cluster,
@@ -23,6 +24,7 @@ from localsgd_jax.execution.local_workers import local_workers
 from localsgd_jax.execution.mean_model import consensus
 from localsgd_jax.execution.placement import on_mesh, simulate
 from localsgd_jax.execution.rounds import fused, gated
+from localsgd_jax.execution.worker_fields import replace_field
 from localsgd_jax.rules import (
     average,
     cast,
@@ -89,6 +91,7 @@ __all__ = [
     "assert_no_collectives",
     "at_steps",
     "average",
+    "bind_axis",
     "cast",
     "chain",
     "collective_ops",
@@ -129,6 +132,7 @@ __all__ = [
     "qsr",
     "quantize",
     "recompute_batch_stats",
+    "replace_field",
     "reset_to_init",
     "scaled_sign",
     "shard_state",

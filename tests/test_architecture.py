@@ -96,7 +96,10 @@ def test_nothing_imports_the_experiments_but_the_command_line():
 @pytest.mark.parametrize(
     "words, homes",
     [
-        (COLLECTIVES, ["core/collectives.py", "core/pieces.py"]),
+        (
+            COLLECTIVES,
+            ["core/collectives.py", "core/pieces.py", "core/axis_binding.py"],
+        ),
         ({"shard_map"}, ["core/pieces.py", "execution/"]),
         ({"Mesh"}, ["distributed/meshes.py", "execution/"]),
     ],

@@ -9,6 +9,7 @@ import optax
 
 from localsgd_jax.core import train_state
 from localsgd_jax.core.pieces import infer_specs, with_specs
+from localsgd_jax.core.prng_keys import forbid_raw_keys
 from localsgd_jax.core.types import Algorithm, PyTree, RuleState, SyncContext, SyncRule
 from localsgd_jax.core.validation import check_rule
 
@@ -126,10 +127,13 @@ def from_train_step(
 
     Args:
       train_step: `train_step(train_state, batch) -> (train_state, metrics)`, written
-        for one worker. The state is a NamedTuple, a dataclass (Flax's `TrainState`)
-        or a dict, and a pytree. A typed key in it (`jax.random.key`) becomes a
-        different key for each worker. A raw `jax.random.PRNGKey` is an ordinary array
-        and is therefore identical on all workers.
+        for one worker. It may also return the state only, or a tuple of the state and
+        several metrics in any order, of which the first value with the structure of
+        the state is the new state. The state is a NamedTuple, a dataclass (Flax's
+        `TrainState`) or a dict, and a pytree. A typed key in it (`jax.random.key`)
+        becomes a different key for each worker. A raw `jax.random.PRNGKey` would be
+        equal on all workers and is refused at `init`, except in the fields "params",
+        "batch_stats" and "opt_state".
       rule: a dict from field to rule; a bare rule is the rule of "params".
 
     Returns:
@@ -157,6 +161,7 @@ def from_train_step(
         check_rule(f"rule for the field {field!r}", field_rule)
 
     def init(worker: PyTree, specs: PyTree | None = None) -> tuple[PyTree, RuleState]:
+        forbid_raw_keys("init(train_state)", worker)
         trees, tree_specs = _fields(worker, rules), _fields(specs, rules)
         states = {
             field: _init_rule(rules[field], field, trees[field], tree_specs[field])
@@ -166,9 +171,7 @@ def from_train_step(
 
     def step(worker: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
         call = "from_train_step(train_step)"
-        new_state, metrics = _check_pair(
-            call, "train_step", "(train_state, metrics)", train_step(worker, batch)
-        )
+        new_state, metrics = _split_result(worker, train_step(worker, batch))
         _check_same_structure(call, "state", worker, new_state)
         return new_state, metrics
 
@@ -192,6 +195,39 @@ def from_train_step(
 
     names = {field: rule.name for field, rule in rules.items()}
     return Algorithm(init, step, sync, names)
+
+
+def _split_result(worker: PyTree, result: PyTree) -> tuple[PyTree, PyTree]:
+    """Splits the result of a training step into the new state and the metrics."""
+    if _is_state(worker, result):
+        return result, {}
+    if not isinstance(result, tuple | list) or not result:
+        raise TypeError(
+            "from_train_step(train_step): train_step must return the train state, or "
+            f"a tuple of it and of metrics, got {_describe(result)}"
+        )
+    # Without a state of this structure the first value is reported as a changed state.
+    index = next((i for i, x in enumerate(result) if _is_state(worker, x)), 0)
+    return result[index], _metrics_of([*result[:index], *result[index + 1 :]])
+
+
+def _describe(value: PyTree) -> str:
+    """Formats a value without its arrays."""
+    return f"{type(value).__name__} {jax.tree.structure(value)}"
+
+
+def _is_state(worker: PyTree, value: PyTree) -> bool:
+    """Returns whether a value has the type and the structure of the train state."""
+    return type(value) is type(worker) and jax.tree.structure(
+        value
+    ) == jax.tree.structure(worker)
+
+
+def _metrics_of(values: list) -> PyTree:
+    """Returns the metrics: nothing, a single value, or a tuple of several."""
+    if not values:
+        return {}
+    return values[0] if len(values) == 1 else tuple(values)
 
 
 def _transpose_rule_states(states: Mapping[str, RuleState]) -> RuleState:

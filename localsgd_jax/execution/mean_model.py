@@ -12,6 +12,7 @@ from localsgd_jax.core.pytrees import promote
 from localsgd_jax.core.types import PyTree, State
 from localsgd_jax.distributed import arrays
 from localsgd_jax.execution.ambient_mesh import in_mesh_of_state
+from localsgd_jax.execution.merged_nodes import is_merged_as_a_unit, merge_unit
 
 
 @in_mesh_of_state
@@ -21,8 +22,10 @@ def consensus(state: State, field: str | Sequence[str] | None = "params") -> PyT
         x̄ = (1/K) Σₖ xₖ
 
     The mean is accumulated in float32 or wider. Leaves without a mean (integers, PRNG
-    keys) are taken from worker 0. If the state spans several processes, all of them
-    must call `consensus`; each returns its own copy.
+    keys) are taken from worker 0. Metrics in the state, such as `clu.metrics` and
+    `NnxMetrics`, are merged into those of all workers, and of a Flax `DynamicScale`
+    the one with the smallest scale is taken. If the state spans several processes, all
+    of them must call `consensus`; each returns its own copy.
 
     Args:
       state: state of a cluster, synchronised or not.
@@ -46,7 +49,7 @@ def consensus(state: State, field: str | Sequence[str] | None = "params") -> PyT
       Array(2., dtype=float32)
     """
     fields = select_fields(state.workers, field)
-    return arrays.local_replica(mean_over_workers(fields))
+    return in_order(arrays.local_replica(mean_over_workers(fields)), field)
 
 
 @in_mesh_of_state
@@ -66,7 +69,8 @@ def common_model(
       field: as in `consensus`.
 
     Returns:
-      The model, without worker axis, placed as by `consensus`; None if workers differ.
+      The model, without worker axis, placed as by `consensus`; None if workers differ
+      or the fields hold metrics.
 
     Raises:
       ValueError: if the train state has no such field.
@@ -82,9 +86,12 @@ def common_model(
       (None, Array(2., dtype=float32))
     """
     fields = select_fields(state.workers, field)
+    nodes = jax.tree.leaves(fields, is_leaf=is_merged_as_a_unit)
+    if any(map(is_merged_as_a_unit, nodes)):
+        return None
     if not bool(arrays.local_replica(_workers_are_equal(fields))):
         return None
-    return arrays.local_replica(_first_rows(fields))
+    return in_order(arrays.local_replica(_first_rows(fields)), field)
 
 
 def select_fields(workers: PyTree, field: str | Sequence[str] | None) -> PyTree:
@@ -107,16 +114,36 @@ def select_fields(workers: PyTree, field: str | Sequence[str] | None) -> PyTree:
     return train_state.get_fields(workers, tuple(field))
 
 
+def in_order(values: PyTree, field: str | Sequence[str] | None) -> PyTree:
+    """Returns a dict of fields in the order of their names in `field`.
+
+    The result of a jitted function is sorted by name.
+
+    Args:
+      values: result for `field`.
+      field: as in `consensus`.
+
+    Returns:
+      A dict if `field` holds several names, else the values.
+    """
+    if field is None or isinstance(field, str):
+        return values
+    return {name: values[name] for name in field}
+
+
 @jax.jit
 def mean_over_workers(tree: PyTree) -> PyTree:
     """Averages leaves over the worker axis; integers and keys keep row 0."""
+    return jax.tree.map(_merge_node, tree, is_leaf=is_merged_as_a_unit)
 
-    def mean(x: jax.Array) -> jax.Array:
-        if not jnp.issubdtype(x.dtype, jnp.inexact):
-            return x[0]
-        return jnp.mean(promote(x), axis=0).astype(x.dtype)
 
-    return jax.tree.map(mean, tree)
+def _merge_node(node: PyTree) -> PyTree:
+    """Merges the rows of a leaf, or of a node that is merged as a unit."""
+    if is_merged_as_a_unit(node):
+        return merge_unit(node)
+    if not jnp.issubdtype(node.dtype, jnp.inexact):
+        return node[0]
+    return jnp.mean(promote(node), axis=0).astype(node.dtype)
 
 
 @jax.jit

@@ -27,6 +27,7 @@ from localsgd_jax.distributed import arrays, coordination
 from localsgd_jax.execution.ambient_mesh import explain_automatic_axes, in_mesh
 from localsgd_jax.execution.batches import check_batch_spec, shard_batch
 from localsgd_jax.execution.layout import Layout, as_tuple
+from localsgd_jax.execution.local_step import forbid_collectives
 from localsgd_jax.execution.partition_metadata import shard_params
 from localsgd_jax.execution.replication import init_state
 
@@ -155,7 +156,10 @@ def _build_cluster(
 ) -> Cluster:
     """Builds the functions of K workers from the functions of one worker."""
     count, batch_spec = layout.num_workers, check_batch_spec(layout, batch_spec)
-    step = _map_step(algorithm.step, worker_map, layout.workers_per_position)
+    one_step = algorithm.step
+    if layout.mesh is not None:
+        one_step = forbid_collectives(one_step, layout.axes)
+    step = _map_step(one_step, worker_map, layout.workers_per_position)
     if layout.mesh is not None:
         step = _shard_map_step(layout, explain_automatic_axes(step))
     run_sync = jax.jit(partial(_run_sync, algorithm, layout))

@@ -2,5 +2,6 @@
 
 from localsgd_jax.flax.linen import from_linen
 from localsgd_jax.flax.nnx import NnxTrainState, from_nnx, update_nnx
+from localsgd_jax.flax.nnx_metrics import NnxMetrics
 
-__all__ = ["NnxTrainState", "from_linen", "from_nnx", "update_nnx"]
+__all__ = ["NnxMetrics", "NnxTrainState", "from_linen", "from_nnx", "update_nnx"]

@@ -4,15 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from localsgd_jax.core.algorithm import from_train_step
+from localsgd_jax.core.prng_keys import forbid_raw_keys
 from localsgd_jax.core.types import Algorithm, PyTree
 from localsgd_jax.flax.default_rules import Rules, add_default_rules
-
-# Fields whose uint32 leaves are not PRNG keys.
-_FIELDS_WITHOUT_KEYS = ("params", "batch_stats", "opt_state")
 
 
 def from_linen(
@@ -30,7 +27,8 @@ def from_linen(
 
     Args:
       train_step: `train_step(train_state, batch) -> (train_state, metrics)`, written
-        for one worker; metrics may be a scalar loss or a dict.
+        for one worker, with any result that `from_train_step` accepts; metrics may be
+        a scalar loss or a dict.
       train_state: a Flax `TrainState` or an instance of a subclass.
       rule: rule for `params`, or a dict from field to rule.
 
@@ -65,14 +63,7 @@ def from_linen(
       (3, 1)
     """
     rules = add_default_rules(train_state, rule)
-    for path, leaf in jax.tree.leaves_with_path(train_state):
-        field = jax.tree_util.keystr(path[:1], simple=True)
-        if field not in _FIELDS_WITHOUT_KEYS and _is_raw_key(leaf):
-            raise TypeError(
-                f"from_linen(train_state): the field {field!r} has a raw PRNG key at "
-                f"{jax.tree_util.keystr(path)}, which would be equal on all workers; "
-                "create it with jax.random.key or jax.random.wrap_key_data"
-            )
+    forbid_raw_keys("from_linen(train_state)", train_state)
     algorithm = from_train_step(train_step, rules)
     specs = _partition_specs(train_state)
     return algorithm._replace(partition_specs=specs), train_state
@@ -107,8 +98,3 @@ def _partition_specs(train_state: PyTree) -> Callable | None:
 def _is_box(x: object) -> bool:
     """Returns whether a pytree node has partitioning metadata."""
     return hasattr(x, "get_partition_spec")
-
-
-def _is_raw_key(leaf: Any) -> bool:
-    """Returns whether a leaf has the shape and dtype of `jax.random.PRNGKey`."""
-    return jnp.shape(leaf) == (2,) and jnp.result_type(leaf) == jnp.uint32

@@ -1,60 +1,80 @@
-"""Adapter for training steps on a Flax NNX model and optimizer."""
+"""Adapter for training steps on Flax NNX models, optimizers and metrics."""
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
 
 from localsgd_jax.core.algorithm import from_train_step
-from localsgd_jax.core.types import Algorithm, PyTree
+from localsgd_jax.core.prng_keys import forbid_raw_keys
+from localsgd_jax.core.types import Algorithm, PyTree, SyncRule
 from localsgd_jax.flax.default_rules import Rules, add_default_rules
+from localsgd_jax.flax.nnx_metrics import NnxMetrics, metric_kinds
 
 
 class NnxTrainState(NamedTuple):
-    """Train state of one worker: NNX model and optimizer as pure dicts.
+    """Train state of one worker: NNX objects as pure dicts.
+
+    A field that has variables of several objects is a dict by their positions.
 
     Attributes:
-      params: variables that the optimizer updates.
+      params: variables that the optimizers update.
       batch_stats: running statistics, `nnx.BatchStat`.
       opt_state: optimizer state, including its step counter.
+      metrics: `NnxMetrics` with the variables of `nnx.Metric` objects; `{}` if there
+        are none.
       other: all other variables, such as PRNG keys and counters of `nnx.Rngs`.
     """
 
     params: PyTree
     batch_stats: PyTree
     opt_state: PyTree
+    metrics: PyTree
     other: PyTree
 
 
 def from_nnx(
-    train_step: Callable, model: Any, optimizer: Any, rule: Rules
+    train_step: Callable,
+    *objects: Any,
+    rule: Rules,
+    wrt: Any = None,
+    batch_argnum: int | None = None,
 ) -> tuple[Algorithm, NnxTrainState]:
     """Converts an NNX training step to a Local SGD algorithm.
 
     The fields are those of `NnxTrainState`. Default rule of each field, unless
     overridden by `rule`:
 
-    - `params`, the variables that `optimizer.wrt` selects: the given rule.
+    - `params`: the given rule.
     - `batch_stats`, if present: merged by `merge_batch_stats()`.
-    - `opt_state` and `other`: not synchronised.
+    - `opt_state`, `metrics` and `other`: not synchronised. `consensus` merges metrics.
     - PRNG keys of `nnx.Rngs`, which are in `other`: different for each worker; a
       stream folds its counter in at each use.
 
+    The objects are one graph, so that they may share variables, as
+    `nnx.ModelAndOptimizer` does with its model.
+
     Args:
-      train_step: `train_step(model, optimizer, batch) -> metrics`, written for one
-        worker; it updates the model and the optimizer in place.
-      model: an `nnx.Module` in training mode.
-      optimizer: an `nnx.Optimizer` of the model.
+      train_step: `train_step(*objects, batch) -> metrics`, written for one worker; it
+        updates the objects in place.
+      *objects: models in training mode, optimizers, metrics and `nnx.Rngs`, in the
+        order of the arguments of `train_step`.
       rule: rule for `params`, or a dict from field to rule.
+      wrt: filter of the variables in `params`; by default the filters of all
+        `nnx.Optimizer` objects, or `nnx.Param` if there are none.
+      batch_argnum: position of the batch among the arguments of `train_step`; None for
+        the last one.
 
     Returns:
       An algorithm for `simulate` or `on_mesh`, and the train state for its `init`,
-      from the current values of the model and the optimizer. `update_nnx` writes a
-      train state back.
+      from the current values of the objects. `update_nnx` writes a train state back.
 
     Raises:
       ImportError: if Flax is not installed.
+      TypeError: if an argument has the wrong type, the step has another number of
+        arguments, or a variable is a raw PRNG key, which would be equal on all workers.
       ValueError: if a rule names a field that the state does not have.
 
     Example:
@@ -68,36 +88,41 @@ def from_nnx(
       ...     loss, grads = nnx.value_and_grad(lambda m: jnp.mean(m(batch) ** 2))(model)
       ...     optimizer.update(model, grads)
       ...     return loss
-      >>> algorithm, start = from_nnx(train_step, model, optimizer, lsgd.average())
+      >>> algorithm, start = from_nnx(train_step, model, optimizer, rule=lsgd.average())
       >>> cluster = lsgd.simulate(algorithm, workers=4)
       >>> state, loss = cluster.step(cluster.init(start), jnp.ones((4, 2, 3)))
       >>> update_nnx(lsgd.consensus(cluster.sync(state), None), model, optimizer)
     """
     nnx = _import_nnx("from_nnx")
-    model_graph, start = _split(nnx, model, optimizer)
-    optimizer_graph = nnx.graphdef(optimizer)
+    _check_arguments(train_step, objects, batch_argnum)
+    wrt = _update_filter(nnx, objects) if wrt is None else wrt
+    index = len(objects) if batch_argnum is None else batch_argnum
+    graph, variables = _variables(nnx, objects, wrt)
+    start, positions = _to_train_state(nnx, objects, variables)
+    forbid_raw_keys("from_nnx(*objects)", start)
 
     def pure_step(state: NnxTrainState, batch: PyTree) -> tuple[NnxTrainState, PyTree]:
-        merged = nnx.merge(model_graph, state.params, state.batch_stats, state.other)
-        merged_optimizer = nnx.merge(optimizer_graph, state.opt_state)
-        metrics = train_step(merged, merged_optimizer, batch)
-        return _split(nnx, merged, merged_optimizer)[1], metrics
+        merged = nnx.merge(graph, *_to_variables(state, positions))
+        metrics = train_step(*merged[:index], batch, *merged[index:])
+        _, new_variables = _variables(nnx, merged, wrt)
+        return _to_train_state(nnx, merged, new_variables)[0], metrics
 
     algorithm = from_train_step(pure_step, add_default_rules(start, rule))
-    specs = _partition_specs(nnx, model, optimizer)
+    specs = _partition_specs(nnx, objects, wrt)
     return algorithm._replace(partition_specs=specs), start
 
 
-def update_nnx(state: NnxTrainState, model: Any, optimizer: Any = None) -> None:
-    """Writes a train state into an NNX model in place.
+def update_nnx(state: NnxTrainState, *objects: Any) -> None:
+    """Writes a train state into NNX objects in place.
 
     Args:
       state: train state without worker axis, such as `consensus(state, None)`.
-      model: the model that was passed to `from_nnx`, or one of the same structure.
-      optimizer: its optimizer; None leaves the optimizer unchanged.
+      *objects: those passed to `from_nnx`, in the same order, or objects of the same
+        structure; later ones may be left out, and stay unchanged.
 
     Raises:
       ImportError: if Flax is not installed.
+      ValueError: if the objects have another structure.
 
     Example:
       >>> import optax
@@ -107,39 +132,137 @@ def update_nnx(state: NnxTrainState, model: Any, optimizer: Any = None) -> None:
       >>> model = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
       >>> optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
       >>> step = lambda model, optimizer, batch: 0.0
-      >>> _, start = from_nnx(step, model, optimizer, lsgd.average())
+      >>> _, start = from_nnx(step, model, optimizer, rule=lsgd.average())
       >>> update_nnx(start, model, optimizer)
     """
     nnx = _import_nnx("update_nnx")
-    for variables in (state.params, state.batch_stats, state.other):
-        nnx.update(model, variables)
-    if optimizer is not None:
-        nnx.update(optimizer, state.opt_state)
+    current = nnx.to_pure_dict(nnx.state(objects))
+    for name, field in zip(state._fields, state, strict=True):
+        value = field.values if isinstance(field, NnxMetrics) else field
+        parts = _by_position(value, current) if value else {}
+        if name == "params" and value and not parts:
+            raise ValueError(
+                "update_nnx(state, *objects): an object must have the variables of "
+                f"the field 'params', got {nnx.to_pure_dict(nnx.state(objects)).keys()}"
+            )
+        for position, part in parts.items():
+            nnx.update(objects[position], part)
 
 
-def _split(nnx: ModuleType, model: Any, optimizer: Any) -> tuple[Any, NnxTrainState]:
-    """Splits model and optimizer into the model graph and all variables."""
-    graph, variables = _variables(nnx, model, optimizer)
-    return graph, NnxTrainState(*map(nnx.to_pure_dict, variables))
+def _variables(nnx: ModuleType, objects: tuple, wrt: Any) -> tuple[Any, list]:
+    """Returns the graph of all objects and the variables of each field."""
+    kinds = metric_kinds(nnx, objects)
+    is_param = nnx.filterlib.to_predicate(wrt)
+
+    def in_metric(path: tuple, _: Any) -> bool:
+        return any(path[: len(metric)] == metric for metric, _ in kinds)
+
+    def in_params(path: tuple, variable: Any) -> bool:
+        return is_param(path[1:], variable)
+
+    graph, opt_state, metrics, params, batch_stats, other = nnx.split(
+        objects, nnx.OptState, in_metric, in_params, nnx.BatchStat, ...
+    )
+    return graph, [params, batch_stats, opt_state, metrics, other]
 
 
-def _variables(nnx: ModuleType, model: Any, optimizer: Any) -> tuple[Any, list]:
-    """Returns the model graph and the variables of each field of the train state."""
-    graph, *variables = nnx.split(model, optimizer.wrt, nnx.BatchStat, ...)
-    variables.insert(2, nnx.state(optimizer))
-    return graph, variables
+def _to_train_state(
+    nnx: ModuleType, objects: tuple, variables: list
+) -> tuple[NnxTrainState, list]:
+    """Converts variables to a train state and the position of each field's object.
+
+    The position is None for a field with variables of several objects or of none.
+    """
+    params, batch_stats, opt_state, metrics, other = map(nnx.to_pure_dict, variables)
+    kinds = metric_kinds(nnx, objects)
+    fields = [params, batch_stats, opt_state, other]
+    positions = [next(iter(x)) if len(x) == 1 else None for x in fields]
+    params, batch_stats, opt_state, other = (
+        x if position is None else x[position]
+        for x, position in zip(fields, positions, strict=True)
+    )
+    metrics = NnxMetrics(metrics, kinds) if kinds else {}
+    return NnxTrainState(params, batch_stats, opt_state, metrics, other), positions
 
 
-def _partition_specs(nnx: ModuleType, model: Any, optimizer: Any) -> Callable:
+def _to_variables(state: NnxTrainState, positions: list) -> list[PyTree]:
+    """Converts a train state to pure dicts by position, for `nnx.merge`."""
+    fields = [state.params, state.batch_stats, state.opt_state, state.other]
+    by_position = [
+        x if position is None else {position: x}
+        for x, position in zip(fields, positions, strict=True)
+    ]
+    metrics = state.metrics
+    return [*by_position, metrics.values if isinstance(metrics, NnxMetrics) else {}]
+
+
+def _by_position(value: PyTree, current: Mapping) -> dict[int, PyTree]:
+    """Returns the part of a field that each of the objects has.
+
+    Args:
+      value: variables of one object, or a dict by position.
+      current: all variables of the objects, by position.
+    """
+    paths = _paths(value)
+    for position, variables in current.items():
+        if paths <= _paths(variables):
+            return {position: value}
+    return {position: value[position] for position in current if position in value}
+
+
+def _paths(tree: PyTree) -> set[tuple]:
+    """Returns the paths of all leaves."""
+    return {path for path, _ in jax.tree.leaves_with_path(tree)}
+
+
+def _partition_specs(nnx: ModuleType, objects: tuple, wrt: Any) -> Callable:
     """Returns the function for the metadata of all variables, by path."""
-    _, variables = _variables(nnx, model, optimizer)
-    specs = (nnx.to_pure_dict(nnx.get_partition_spec(state)) for state in variables)
-    of_path = dict(jax.tree.leaves_with_path(NnxTrainState(*specs)))
+    _, variables = _variables(nnx, objects, wrt)
+    specs, _ = _to_train_state(
+        nnx, objects, list(map(nnx.get_partition_spec, variables))
+    )
+    of_path = dict(jax.tree.leaves_with_path(specs))
 
     def partition_specs(state: NnxTrainState) -> list:
         return [of_path.get(path) for path, _ in jax.tree.leaves_with_path(state)]
 
     return partition_specs
+
+
+def _update_filter(nnx: ModuleType, objects: tuple) -> Any:
+    """Returns the filter of the variables that the optimizers update."""
+    filters = [x.wrt for x in objects if isinstance(x, nnx.Optimizer)]
+    return nnx.Any(*filters) if filters else nnx.Param
+
+
+def _check_arguments(
+    train_step: Callable, objects: tuple, batch_argnum: int | None
+) -> None:
+    """Raises a TypeError unless the step takes the objects and a batch."""
+    if not callable(train_step):
+        raise TypeError(
+            f"from_nnx(train_step): train_step must be callable, got {train_step!r}"
+        )
+    if not objects:
+        raise TypeError("from_nnx(*objects): at least one NNX object is needed, got ()")
+    for x in objects:
+        if isinstance(x, SyncRule):
+            raise TypeError(
+                f"from_nnx(*objects): a rule is passed as rule={x!r}, got a positional "
+                "argument"
+            )
+    if batch_argnum is not None and not 0 <= batch_argnum <= len(objects):
+        raise ValueError(
+            f"from_nnx(batch_argnum): a position from 0 to {len(objects)} is needed, "
+            f"got {batch_argnum}"
+        )
+    try:
+        inspect.signature(train_step).bind(*objects, None)
+    except TypeError as error:
+        raise TypeError(
+            f"from_nnx(train_step, *objects): train_step must take {len(objects)} "
+            f"objects and a batch, got the error: {error}"
+        ) from None
 
 
 def _import_nnx(call: str) -> ModuleType:

@@ -12,7 +12,14 @@ import numpy as np
 import optax
 import pytest
 from harness import cases
-from harness.cases import algorithm, assert_close, batches, mesh, network
+from harness.cases import (
+    algorithm,
+    assert_close,
+    assert_same,
+    batches,
+    mesh,
+    network,
+)
 from harness.selection import in_full
 
 import localsgd_jax as lsgd
@@ -348,12 +355,44 @@ def test_rule_init_without_rule_state_raises():
         init(rule)
 
 
-def test_train_step_without_metrics_raises():
-    cluster = lsgd.simulate(lsgd.from_train_step(lambda s, b: s, lsgd.identity()), 2)
-    with pytest.raises(
-        TypeError, match=r"train_step must return \(train_state, metrics\)"
-    ):
+@pytest.mark.parametrize(
+    "result_of, metrics",
+    [
+        (lambda state, loss: state, {}),
+        (lambda state, loss: (state, loss), "loss"),
+        (lambda state, loss: (loss, state), "loss"),
+        (lambda state, loss: (state, loss, 2 * loss), ("loss", "twice")),
+        (lambda state, loss: [loss, state, 2 * loss], ("loss", "twice")),
+    ],
+    ids=["state", "pair", "loss_first", "triple", "list"],
+)
+def test_forms_of_the_result_of_a_train_step(result_of, metrics):
+    def train_step(state, batch):
+        new = {"params": state["params"] - batch, "steps": state["steps"] + 1}
+        return result_of(new, batch)
+
+    cluster = lsgd.simulate(lsgd.from_train_step(train_step, lsgd.average()), 2)
+    start = {"params": jnp.zeros(()), "steps": jnp.int32(0)}
+    loss = jnp.array([1.0, 2.0])
+    state, values = cluster.step(cluster.init(start), loss)
+    np.testing.assert_array_equal(state.workers["params"], -loss)
+    expected = {"loss": loss, "twice": 2 * loss}
+    assert_same(values, jax.tree.map(lambda name: expected[name], metrics))
+
+
+@pytest.mark.parametrize("result", [None, (), 3.0])
+def test_a_train_step_without_a_state_raises(result):
+    algorithm = lsgd.from_train_step(lambda s, b: result, lsgd.identity())
+    cluster = lsgd.simulate(algorithm, 2)
+    with pytest.raises(TypeError, match="train_step must return the train state"):
         cluster.step(cluster.init(STATE), jnp.zeros(2))
+
+
+def test_a_raw_key_in_a_train_state_raises():
+    algorithm = lsgd.from_train_step(keep_state, lsgd.average())
+    start = {"params": jnp.zeros(2), "noise": {"key": jax.random.PRNGKey(0)}}
+    with pytest.raises(TypeError, match=r"raw PRNG key at \['noise'\]\['key'\]"):
+        lsgd.simulate(algorithm, 2).init(start)
 
 
 def test_python_numbers_are_valid_parameters():

@@ -131,7 +131,7 @@ def test_linen_and_nnx_match():
     model, optimizer = model_and_optimizer(tx)
     nnx.update(model, {**start.params})
     linen, first = from_linen(linen_step, start, lsgd.average())
-    other, second = from_nnx(nnx_step, model, optimizer, lsgd.average())
+    other, second = from_nnx(nnx_step, model, optimizer, rule=lsgd.average())
     batches = make_batches(6)
     left, losses = train(lsgd.simulate(linen, K), first, batches)
     right, nnx_losses = train(lsgd.simulate(other, K), second, batches)
@@ -150,7 +150,9 @@ def test_dropout_masks_differ_between_workers_not_placements(kind, placement):
             linen_step, linen_state(LinenCnn(rate=0.5), optax.sgd(0.0)), lsgd.average()
         ),
         "nnx": lambda: from_nnx(
-            nnx_step, *model_and_optimizer(optax.sgd(0.0), rate=0.5), lsgd.average()
+            nnx_step,
+            *model_and_optimizer(optax.sgd(0.0), rate=0.5),
+            rule=lsgd.average(),
         ),
     }[kind]()
     same = jax.tree.map(lambda x: np.stack([x[:16]] * K), examples())
@@ -181,7 +183,7 @@ def test_default_rules_per_field(kind):
     made, start = (
         from_linen(linen_step, linen_state(LinenCnn(), tx), lsgd.average())
         if kind == "linen"
-        else from_nnx(nnx_step, *model_and_optimizer(tx), lsgd.average())
+        else from_nnx(nnx_step, *model_and_optimizer(tx), rule=lsgd.average())
     )
     cluster = lsgd.simulate(made, K)
     state, _ = train(cluster, start, make_batches(3), every=9)
@@ -227,14 +229,14 @@ def test_consensus_returns_a_usable_train_state():
 
 def test_update_nnx_writes_consensus_into_model_and_optimizer():
     model, optimizer = model_and_optimizer(optax.adam(0.01))
-    made, start = from_nnx(nnx_step, model, optimizer, lsgd.average())
+    made, start = from_nnx(nnx_step, model, optimizer, rule=lsgd.average())
     state, _ = train(lsgd.simulate(made, K), start, make_batches(4))
     merged = lsgd.consensus(state, None)
     update_nnx(merged, model, optimizer)
     kernel = merged.params["Dense_0"]["kernel"]
     np.testing.assert_array_equal(model.Dense_0.kernel[...], kernel)
     assert int(optimizer.step[...]) == 4
-    assert_same(from_nnx(nnx_step, model, optimizer, lsgd.average())[1], merged)
+    assert_same(from_nnx(nnx_step, model, optimizer, rule=lsgd.average())[1], merged)
     update_nnx(start, model)
     assert int(optimizer.step[...]) == 4
     metrics = nnx.jit(nnx_step)(model, optimizer, examples(8))
@@ -245,7 +247,7 @@ def test_nnx_jit_does_not_change_the_result():
     results = []
     for step in (nnx_step, nnx.jit(nnx_step)):
         made, start = from_nnx(
-            step, *model_and_optimizer(optax.sgd(0.1), 0.2), lsgd.average()
+            step, *model_and_optimizer(optax.sgd(0.1), 0.2), rule=lsgd.average()
         )
         results.append(train(lsgd.simulate(made, K), start, make_batches(3)))
     assert_close(*results)
@@ -264,7 +266,7 @@ def test_params_are_the_variables_selected_by_optimizer():
         return {"loss": loss}
 
     parts = model_and_optimizer(optax.sgd(0.1), wrt=wrt)
-    made, start = from_nnx(train_step, *parts, lsgd.average())
+    made, start = from_nnx(train_step, *parts, rule=lsgd.average())
     assert list(start.params) == ["Dense_0"] and "Conv_0" in start.other
     state, _ = train(lsgd.simulate(made, K), start, make_batches(2))
     conv = state.workers.other["Conv_0"]["kernel"]
@@ -314,7 +316,7 @@ def test_missing_flax_raises_with_install_command(monkeypatch):
     parts = model_and_optimizer(optax.sgd(0.1))
     monkeypatch.setitem(sys.modules, "flax", None)
     with pytest.raises(ImportError, match=r"from_nnx\(\) needs flax: pip install flax"):
-        from_nnx(nnx_step, *parts, lsgd.average())
+        from_nnx(nnx_step, *parts, rule=lsgd.average())
 
 
 def test_import_does_not_need_flax():

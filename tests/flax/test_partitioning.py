@@ -148,7 +148,7 @@ def nnx_case(build, mesh=MESH):
     with context:
         model = build(nnx.Rngs(0))
         optimizer = nnx.Optimizer(model, optax.adam(0.01), wrt=nnx.Param)
-    return from_nnx(nnx_step, model, optimizer, lsgd.average())
+    return from_nnx(nnx_step, model, optimizer, rule=lsgd.average())
 
 
 # Style: algorithm and initial train state, and the sharded leaf of the parameters.
@@ -313,13 +313,13 @@ def test_update_nnx_keeps_shardings():
     with jax.set_mesh(MESH):
         model = NnxModel(nnx.Rngs(0), ("fsdp", None))
         optimizer = nnx.Optimizer(model, optax.adam(0.01), wrt=nnx.Param)
-    algorithm, start = from_nnx(nnx_step, model, optimizer, lsgd.average())
+    algorithm, start = from_nnx(nnx_step, model, optimizer, rule=lsgd.average())
     cluster = lsgd.on_mesh(algorithm, MESH)
     state, _ = cluster.step(cluster.init(start), batches()[0])
     update_nnx(lsgd.consensus(cluster.sync(state), None), model, optimizer)
     assert specs(model.layer.kernel[...]) == {"": ("fsdp",)}
     # The model can be used to begin another run.
-    _, again = from_nnx(nnx_step, model, optimizer, lsgd.average())
+    _, again = from_nnx(nnx_step, model, optimizer, rule=lsgd.average())
     assert cluster.init(again).workers.params["layer"]["kernel"].shape[0] == K
 
 

@@ -11,9 +11,15 @@ MUTANTS = {
     ),
     "resets variables that are neither parameters nor statistics": Mutant(
         "flax/nnx.py",
-        "merged = nnx.merge(model_graph, state.params, state.batch_stats, state.other)",
-        "merged = nnx.merge(model_graph, state.params, state.batch_stats, start.other)",
+        "nnx.merge(graph, *_to_variables(state, positions))",
+        "nnx.merge(graph, *_to_variables(state._replace(other=start.other), positions))",
         "flax/test_flax.py -k masks",
+    ),
+    "adds the squares of workers without the distance of their means": Mutant(
+        "flax/nnx_metrics.py",
+        "m2 + count * (mean - joint) ** 2",
+        "m2",
+        "flax/test_nnx_objects.py -k moments",
     ),
     "replicates parameters with metadata": Mutant(
         "execution/partition_metadata.py",

@@ -1,11 +1,13 @@
 """Compiled programs of a run, and the results of their dispatches."""
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding
 
 from localsgd_jax.analysis.device_bytes import ByteRange, DeviceBytes
@@ -17,6 +19,9 @@ from localsgd_jax.execution.rounds import sync_in_class
 from localsgd_jax.training.byte_counter import BestEffort
 from localsgd_jax.training.round_programs import RoundPrograms
 from localsgd_jax.training.segments import Segment
+
+# Programs of runs that are kept for the next call of `train`.
+_NUM_DISPATCHERS = 4
 
 
 class DispatchResult(NamedTuple):
@@ -134,6 +139,61 @@ class Dispatcher:
         """Returns the bytes that a device sends in a round, if they are known."""
         function = self._device_bytes.bytes_per_round
         return self._best_effort(function, *args, **kwargs)
+
+
+class _Signature(NamedTuple):
+    """Arguments of the programs of a run, for comparison.
+
+    Attributes:
+      functions: functions of the cluster.
+      weights: weight of each worker, or None.
+      structure: structure of the state.
+      leaves: shape, dtype and sharding of each leaf of the state.
+    """
+
+    functions: tuple
+    weights: tuple | None
+    structure: Any
+    leaves: tuple
+
+    @classmethod
+    def of(
+        cls, cluster: Cluster, weights: jax.Array | None, state: State
+    ) -> "_Signature":
+        """Returns the signature of the arguments of a dispatcher."""
+        leaves, structure = jax.tree.flatten(state)
+        forms = tuple((x.shape, x.dtype, x.sharding) for x in leaves)
+        values = None if weights is None else tuple(np.asarray(weights).tolist())
+        functions = (cluster.step, cluster.sync, cluster.sync_if, cluster.bytes_sent)
+        return cls(functions, values, structure, forms)
+
+
+_last_dispatchers: OrderedDict[_Signature, Dispatcher] = OrderedDict()
+
+
+def dispatcher_of(
+    cluster: Cluster, weights: jax.Array | None, state: State
+) -> Dispatcher:
+    """Returns the programs of a run; those of the last four runs are kept.
+
+    A loop over epochs with a call of `train` in each of them compiles once.
+
+    Args:
+      cluster: functions of the workers.
+      weights: `(K,)`, or None for equal weights.
+      state: state before the first dispatch; only its shapes and shardings are kept.
+
+    Returns:
+      A dispatcher, that of an earlier run with equal arguments if there is one.
+    """
+    signature = _Signature.of(cluster, weights, state)
+    dispatcher = _last_dispatchers.pop(signature, None)
+    if dispatcher is None:
+        dispatcher = Dispatcher(cluster, weights, state)
+    _last_dispatchers[signature] = dispatcher
+    while len(_last_dispatchers) > _NUM_DISPATCHERS:
+        _last_dispatchers.popitem(last=False)
+    return dispatcher
 
 
 class ResultQueue:

@@ -15,7 +15,7 @@ from localsgd_jax.execution.ambient_mesh import in_mesh_of_state
 from localsgd_jax.training.byte_counter import ByteCounter
 from localsgd_jax.training.callbacks import Callbacks
 from localsgd_jax.training.consistency import assert_equal_runs
-from localsgd_jax.training.dispatch import Dispatcher, ResultQueue
+from localsgd_jax.training.dispatch import ResultQueue, dispatcher_of
 from localsgd_jax.training.evaluation import Evaluator
 from localsgd_jax.training.history import History, HistoryRecorder
 from localsgd_jax.training.outputs import RunOutputs
@@ -50,7 +50,8 @@ def train(
     program for each position in their cycle. While the devices compute, the host reads,
     stacks and transfers the next batches; at most two dispatches are in flight. An
     incomplete last round is trained and synchronised. The given state is donated: use
-    the returned one.
+    the returned one. The compiled programs are kept for the next call with the same
+    cluster, such as that of the next epoch.
 
     Args:
       cluster: `simulate(...)` or `on_mesh(...)`.
@@ -119,7 +120,7 @@ def train(
     )
     settings = RunSettings(schedule, steps, weights, max_steps_per_dispatch)
     context, examples = context_of(state), 0
-    dispatcher = Dispatcher(cluster, weights, state)
+    dispatcher = dispatcher_of(cluster, weights, state)
     history = HistoryRecorder(context, ByteCounter(cluster.bytes_sent, state))
     prefetcher = SynchronizedPrefetcher(
         islice(batches, steps),

@@ -95,3 +95,25 @@ def test_each_program_is_compiled_once(compiled, rule, rounds, programs):
     after = jax.tree.map(lambda x: x.sharding, state)
     for old, new, x in zip(*map(jax.tree.leaves, (before, after, state)), strict=True):
         assert new.is_equivalent_to(old, x.ndim)
+
+
+def test_a_second_call_compiles_nothing(compiled):
+    """A loop over epochs; other weights need other programs."""
+    cluster, params = sharded_cluster(lsgd.average())
+    state = cluster.init(params)
+    data = [np.ones((2, 8, WIDTH), np.float32)] * 8
+
+    def epoch(state, weights=None):
+        compiled.clear()
+        options = {"schedule": 2, "weights": weights, "progress": False}
+        state, history = lsgd.train(cluster, state, data, **options)
+        return state, history, compiled.count("_rounds") + compiled.count("_sync")
+
+    state, first, programs = epoch(state)
+    assert programs == 1
+    state, second, programs = epoch(state)
+    assert programs == 0
+    np.testing.assert_array_equal(second["step"], first["step"] + 8)
+    np.testing.assert_array_equal(second["device_bytes"], first["device_bytes"])
+    state, _, programs = epoch(state, np.array([1.0, 3.0]))
+    assert programs == 1

@@ -19,6 +19,7 @@ from localsgd_jax.rules.outer_optimizer import (
     outer,
     slowmo,
 )
+from localsgd_jax.rules.partitioning import desloc, partition
 from localsgd_jax.rules.robust import drop_outliers, median, trimmed_mean
 from localsgd_jax.rules.sharded import shard_state
 from localsgd_jax.rules.streaming import fragment
@@ -28,6 +29,7 @@ __all__ = [
     "cast",
     "chain",
     "delay",
+    "desloc",
     "diloco",
     "drop_outliers",
     "elastic_average",
@@ -45,6 +47,7 @@ __all__ = [
     "merge_batch_stats",
     "outer",
     "overlap",
+    "partition",
     "quantize",
     "recompute_batch_stats",
     "reset_to_init",

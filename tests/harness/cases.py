@@ -203,6 +203,13 @@ RULES = {
         collectives=("all-reduce", "all-gather", "all-to-all"),
         placements=FEW_PLACEMENTS,
     ),
+    "partition": Case(
+        lsgd.partition(
+            {"outer": lsgd.diloco(), "mean": lsgd.average()},
+            lambda path: "mean" if path in ("out", "rows", "vector") else "outer",
+        ),
+        placements=FEW_PLACEMENTS,
+    ),
     "gossip_ring": Case(
         lsgd.gossip("ring"),
         reaches_consensus=False,

@@ -50,6 +50,13 @@ def wrapped(rules):
         st.builds(lsgd.delay, rules),
         st.builds(lambda h, rule: lsgd.when(lsgd.every(h), rule), st.just(2), rules),
         st.builds(lsgd.chain, rules, rules),
+        st.builds(
+            lambda one, two: lsgd.partition(
+                {"in": one, "out": two}, lambda path: "out" if "out" in path else "in"
+            ),
+            rules,
+            rules,
+        ),
         # shard_state works with any fragment, because it pads to K rows.
         st.builds(lambda rule: lsgd.fragment(rule, 2, split_axis=0), rules),
     )

@@ -3,6 +3,18 @@
 from mutation.mutant import Mutant
 
 MUTANTS = {
+    "gives leaves to the last rule of a partition": Mutant(
+        "rules/partitioning.py",
+        "next(updated) if own == label else leaf",
+        "next(updated) if own == label else jax.numpy.zeros_like(leaf)",
+        "rules/test_partitioning.py -k each_leaf",
+    ),
+    "averages second moments with the first": Mutant(
+        "rules/partitioning.py",
+        '"second_moment": second_moment}',
+        '"second_moment": first_moment}',
+        "rules/test_partitioning.py -k own_rounds",
+    ),
     "omits the variance between the means": Mutant(
         "rules/batch_statistics.py",
         "promote(x) + d**2",

@@ -64,6 +64,13 @@ ROWS = {
     "top_k(average(), 0.01)": Row(
         lambda: lsgd.outer(SGD, lsgd.top_k(lsgd.average(), 0.01))
     ),
+    "chunked_top_k(average(), 64)": Row(
+        lambda: lsgd.outer(SGD, lsgd.chunked_top_k(lsgd.average(), 64))
+    ),
+    "sparseloco()": Row(lambda: lsgd.sparseloco()),
+    "clip_to_median_norm(average())": Row(
+        lambda: lsgd.outer(SGD, lsgd.clip_to_median_norm(lsgd.average()))
+    ),
     "scaled_sign(average())": Row(
         lambda: lsgd.outer(SGD, lsgd.scaled_sign(lsgd.average()))
     ),

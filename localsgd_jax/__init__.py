@@ -29,6 +29,8 @@ from localsgd_jax.rules import (
     average,
     cast,
     chain,
+    chunked_top_k,
+    clip_to_median_norm,
     delay,
     desloc,
     diloco,
@@ -55,6 +57,7 @@ from localsgd_jax.rules import (
     scaled_sign,
     shard_state,
     slowmo,
+    sparseloco,
     top_k,
     trimmed_mean,
     when,
@@ -77,6 +80,9 @@ from localsgd_jax.training.history import NonFiniteLossError
 from localsgd_jax.training.loop import train
 
 __all__ = [
+    "clip_to_median_norm",
+    "sparseloco",
+    "chunked_top_k",
     "AdaptiveSchedule",
     "Algorithm",
     "Cluster",

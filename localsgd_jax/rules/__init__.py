@@ -10,6 +10,7 @@ from localsgd_jax.rules.diagnostics import with_diagnostics
 from localsgd_jax.rules.elastic_averaging import elastic_average, interpolate
 from localsgd_jax.rules.flattening import flatten
 from localsgd_jax.rules.moving_average import ema
+from localsgd_jax.rules.norm_clipping import clip_to_median_norm
 from localsgd_jax.rules.optimizer_state import floating_only, reset_to_init
 from localsgd_jax.rules.outer_optimizer import (
     diloco,
@@ -22,9 +23,13 @@ from localsgd_jax.rules.outer_optimizer import (
 from localsgd_jax.rules.partitioning import desloc, partition
 from localsgd_jax.rules.robust import drop_outliers, median, trimmed_mean
 from localsgd_jax.rules.sharded import shard_state
+from localsgd_jax.rules.sparse import chunked_top_k, sparseloco
 from localsgd_jax.rules.streaming import fragment
 
 __all__ = [
+    "clip_to_median_norm",
+    "sparseloco",
+    "chunked_top_k",
     "average",
     "cast",
     "chain",

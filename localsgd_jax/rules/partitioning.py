@@ -173,9 +173,11 @@ def _leaf_labels(
         jax.tree_util.keystr(path, simple=True, separator=".")
         for path, _ in jax.tree.leaves_with_path(tree)
     ]
-    by_path = callable(labels)
-    label_tree = None if by_path else jax.tree.broadcast(labels, tree)
-    found = list(map(labels, names)) if by_path else jax.tree.leaves(label_tree)
+    found: list[str]
+    if callable(labels):
+        found = [str(labels(name)) for name in names]
+    else:
+        found = jax.tree.leaves(jax.tree.broadcast(labels, tree))
     for name, label in zip(names, found, strict=True):
         text = f"the label of {name!r} must be one of {sorted(rules)}"
         check(label in rules, "partition(labels)", text, repr(label))

@@ -44,7 +44,7 @@ MORE_RULES = {
 ALL_RULES = {name: case.rule for name, case in RULES.items()} | MORE_RULES
 # A piece is compressed, selected or cut by itself, which gives other numbers than the
 # complete tree.
-PER_PIECE = ("quantize", "top_k", "fragment_")
+PER_PIECE = ("quantize", "top_k", "chunked_top_k", "fragment_")
 # By default: one rule for each way to work on pieces.
 DEFAULT = ("quantize_4", "shard_state", "with_diagnostics")
 SPECS = {
@@ -179,7 +179,7 @@ def test_state_is_sharded_like_the_parameters(name, layout):
     assert held <= least
 
 
-@pytest.mark.parametrize("name", keep(["quantize_4", "top_k"], ["quantize_4"]))
+@pytest.mark.parametrize("name", keep(["quantize_4", "top_k", "chunked_top_k"], ["quantize_4"]))
 @pytest.mark.parametrize(
     "leaves, index",
     [(("columns", "rows", "twin"), 1), (("replicated", "vector"), None)],

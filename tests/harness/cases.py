@@ -210,6 +210,16 @@ RULES = {
         ),
         placements=FEW_PLACEMENTS,
     ),
+    "chunked_top_k": Case(
+        lsgd.outer(optax.sgd(0.7), lsgd.chunked_top_k(lsgd.average(), 2, chunk=5)),
+        collectives=("all-gather",),
+        placements=FEW_PLACEMENTS,
+    ),
+    "clip_to_median_norm": Case(
+        lsgd.outer(optax.sgd(0.7), lsgd.clip_to_median_norm(lsgd.average())),
+        collectives=("all-gather", "all-reduce"),
+        placements=FEW_PLACEMENTS,
+    ),
     "gossip_ring": Case(
         lsgd.gossip("ring"),
         reaches_consensus=False,

@@ -27,6 +27,8 @@ MEANS = st.sampled_from(
         lambda: lsgd.cast(lsgd.average()),
         lambda: lsgd.top_k(lsgd.average(), 0.5),
         lambda: lsgd.scaled_sign(lsgd.average()),
+        lambda: lsgd.chunked_top_k(lsgd.average(), 2, chunk=6, decay=0.9),
+        lambda: lsgd.clip_to_median_norm(lsgd.top_k(lsgd.average(), 0.5)),
         lsgd.median,
         lambda: lsgd.flatten(lsgd.average()),
     ]

@@ -3,6 +3,30 @@
 from mutation.mutant import Mutant
 
 MUTANTS = {
+    "keeps the complete error of a sparse mean": Mutant(
+        "rules/sparse.py",
+        "decay * (vector - join_rows(sent, vector.size))",
+        "vector - join_rows(sent, vector.size)",
+        "rules/test_sparse.py -k fixture",
+    ),
+    "swaps the levels of a sparse message": Mutant(
+        "rules/sparse_messages.py",
+        "jnp.where(is_large == 1, high, low)",
+        "jnp.where(is_large == 1, low, high)",
+        "rules/test_sparse.py -k messages",
+    ),
+    "sends sparse positions as bytes": Mutant(
+        "rules/sparse_messages.py",
+        "return max((chunk - 1).bit_length(), 1)",
+        "return 16",
+        "rules/test_sparse.py -k 14_bits",
+    ),
+    "clips to the median of all workers": Mutant(
+        "rules/norm_clipping.py",
+        "jnp.where(included, values, jnp.inf)",
+        "values",
+        "rules/test_sparse.py -k clip_to",
+    ),
     "gives leaves to the last rule of a partition": Mutant(
         "rules/partitioning.py",
         "next(updated) if own == label else leaf",

@@ -64,6 +64,16 @@ ROWS = {
     "top_k(average(), 0.01)": Row(
         lambda: lsgd.outer(SGD, lsgd.top_k(lsgd.average(), 0.01))
     ),
+    "quantize(average(), 4, e3m0)": Row(
+        lambda: lsgd.outer(SGD, lsgd.quantize(lsgd.average(), 4, encoding="e3m0"))
+    ),
+    "radial_directional_average()": Row(
+        lambda: lsgd.outer(SGD, lsgd.radial_directional_average())
+    ),
+    "eager_outer(sgd)": Row(lambda: lsgd.eager_outer(SGD)),
+    "partition(diloco(), average())": Row(
+        lambda: lsgd.partition({"outer": lsgd.diloco(), "mean": lsgd.average()}, _half)
+    ),
     "chunked_top_k(average(), 64)": Row(
         lambda: lsgd.outer(SGD, lsgd.chunked_top_k(lsgd.average(), 64))
     ),
@@ -81,6 +91,10 @@ ROWS = {
     'gossip("exponential")': Row(lambda: lsgd.gossip("exponential")),
     'gossip("one-peer")': Row(lambda: lsgd.gossip("one-peer"), 3),
 }
+
+
+def _half(path: str) -> str:
+    return "outer" if path < "layer5" else "mean"
 
 
 def _quantized(bits: int) -> lsgd.SyncRule:

@@ -35,6 +35,7 @@ from localsgd_jax.rules import (
     desloc,
     diloco,
     drop_outliers,
+    eager_outer,
     elastic_average,
     ema,
     fedadam,
@@ -52,11 +53,13 @@ from localsgd_jax.rules import (
     overlap,
     partition,
     quantize,
+    radial_directional_average,
     recompute_batch_stats,
     reset_to_init,
     scaled_sign,
     shard_state,
     slowmo,
+    snoo,
     sparseloco,
     top_k,
     trimmed_mean,
@@ -78,8 +81,13 @@ from localsgd_jax.schedules import (
 from localsgd_jax.schedules.adaptive import AdaptiveSchedule, adacomm, drift_triggered
 from localsgd_jax.training.history import NonFiniteLossError
 from localsgd_jax.training.loop import train
+from localsgd_jax.training.round_weights import weighted_by
 
 __all__ = [
+    "snoo",
+    "weighted_by",
+    "radial_directional_average",
+    "eager_outer",
     "clip_to_median_norm",
     "sparseloco",
     "chunked_top_k",

@@ -39,6 +39,7 @@ def assert_equal_runs(
         "steps": None if limits.steps is None else int(limits.steps),
         "round_deadline": limits.round_deadline is not None,
         "min_processes": int(limits.min_processes),
+        "weights": str(limits.weights),
         "overlap": overlap,
         "evaluate_every": int(callbacks.evaluate_every) if callbacks.evaluate else None,
         "eval_fields": callbacks.eval_fields,

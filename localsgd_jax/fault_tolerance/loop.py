@@ -30,6 +30,7 @@ from localsgd_jax.training.byte_counter import ByteCounter
 from localsgd_jax.training.callbacks import Callbacks, RowReporter
 from localsgd_jax.training.history import History, HistoryRecorder
 from localsgd_jax.training.progress import ProgressBar, progress_bar
+from localsgd_jax.training.round_weights import MetricWeights, weighted_by
 from localsgd_jax.training.run_context import RunContext
 
 
@@ -41,6 +42,7 @@ def train(
     schedule: int | Callable,
     steps: int | None = None,
     round_deadline: float | None = None,
+    weights: str | MetricWeights | None = None,
     overlap: bool = False,
     evaluate: Callable | None = None,
     evaluate_every: int = 1,
@@ -79,6 +81,11 @@ def train(
       round_deadline: seconds. A process whose round has lasted that long ends it with
         the local steps that it has taken, at least one, and workers are weighted by
         their local steps. None: all workers take equally many.
+      weights: name of a metric, such as "tokens", whose sum over the local steps of the
+        round is the weight of a worker, or `weighted_by(metric, formula)`; the workers
+        of a process have the mean of their sums. "examples" also stands for the rows of
+        the batches, so that processes may have batches of different sizes. None: the
+        number of local steps with a `round_deadline`, else equal weights.
       overlap: whether the next round is computed while the synchronisation is in
         flight, as with the rule `overlap`.
       evaluate: as in `localsgd_jax.train`. Given in all processes, which compute the
@@ -125,7 +132,8 @@ def train(
     callbacks = Callbacks(
         evaluate, evaluate_every, eval_fields, on_round_end, save, save_every
     )
-    limits = RoundLimits(schedule, steps, round_deadline, min_processes)
+    weights = weighted_by(weights) if isinstance(weights, str) else weights
+    limits = RoundLimits(schedule, steps, round_deadline, min_processes, weights)
     check_positive("train(sync_timeout)", "sync_timeout", sync_timeout)
     name = "straggler_timeout"
     check_positive(f"train({name})", name, straggler_timeout)

@@ -16,6 +16,7 @@ class RoundReport(NamedTuple):
       is_done: whether the process has no further steps: 0 or 1.
       stop_requested: whether the process has received SIGTERM: 0 or 1.
       metrics: means over the steps and the workers of the process, by name.
+      weight: weight of each worker of the process in the synchronisation.
     """
 
     steps: Any
@@ -23,16 +24,17 @@ class RoundReport(NamedTuple):
     is_done: Any
     stop_requested: Any
     metrics: Mapping[str, Any]
+    weight: Any = 1.0
 
     def pack(self) -> np.ndarray:
         """Returns the report as a float32 vector, metrics in the order of their names.
 
-        The number of steps is the first entry: with `weighted`, the synchronisation
-        takes the weight of the workers from there.
+        The weight is the first entry: with `weighted`, the synchronisation takes it
+        from there.
         """
-        *counters, metrics = self
+        *counters, metrics, weight = self
         values = [metrics[name] for name in sorted(metrics)]
-        return np.array([*counters, *values], np.float32)
+        return np.array([weight, *counters, *values], np.float32)
 
 
 def unpack(rows: np.ndarray, metric_names: Sequence[str]) -> RoundReport:
@@ -50,6 +52,6 @@ def unpack(rows: np.ndarray, metric_names: Sequence[str]) -> RoundReport:
       >>> unpack(np.stack([report.pack()] * 2), ["loss"]).metrics
       {'loss': array([2., 2.], dtype=float32)}
     """
-    steps, seconds, is_done, stop_requested, *values = rows.T
+    weight, steps, seconds, is_done, stop_requested, *values = rows.T
     metrics = dict(zip(sorted(metric_names), values, strict=True))
-    return RoundReport(steps, seconds, is_done, stop_requested, metrics)
+    return RoundReport(steps, seconds, is_done, stop_requested, metrics, weight)

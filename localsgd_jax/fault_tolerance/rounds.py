@@ -13,6 +13,7 @@ import numpy as np
 
 from localsgd_jax.core.metrics import metrics_by_name, rule_metrics
 from localsgd_jax.core.types import PyTree, State
+from localsgd_jax.core.validation import check
 from localsgd_jax.distributed.background import submit_daemon
 from localsgd_jax.execution.process_local import merge_late_sync
 from localsgd_jax.fault_tolerance.history import check_finite, round_columns
@@ -24,6 +25,7 @@ from localsgd_jax.fault_tolerance.status import (
     next_status,
     stopping_processes,
 )
+from localsgd_jax.training.round_weights import MetricWeights
 
 CHUNKS_PER_ROUND = 8
 MAX_STEPS_PER_DISPATCH = 64
@@ -68,18 +70,20 @@ def run_local_round(
     has_deadline = run.limits.round_deadline is not None
     chunk = math.ceil(length / CHUNKS_PER_ROUND) if has_deadline else length
     chunk = max(1, min(chunk, MAX_STEPS_PER_DISPATCH))
-    steps, means = 0, []
+    steps, examples, means = 0, 0, []
     while steps < length and (num_ready := run.prefetcher.fill(chunk)):
         count = min(chunk, length - steps, num_ready)
         batches = run.prefetcher.next_batches(count)
         state, metrics = run.cluster.local_steps(state, batches)
         means.append((count, _mean_metrics(metrics)))
         progress.batch_size = math.prod(np.shape(jax.tree.leaves(batches)[0])[2:3])
-        steps += count
+        steps, examples = steps + count, examples + count * progress.batch_size
         if run.stop_requested.is_set() or _deadline_passed(run, progress):
             break
     progress.local_step += steps
-    return state, _make_report(run, progress, steps, means)
+    report = _make_report(run, progress, steps, means)
+    weight = _round_weight(run.limits.weights, report, examples)
+    return state, report._replace(weight=weight)
 
 
 def start_sync(
@@ -96,8 +100,7 @@ def start_sync(
     Returns:
       The synchronisation in flight.
     """
-    # Processes take different numbers of steps only if a round has a deadline.
-    weighted, packed = run.limits.round_deadline is not None, report.pack()
+    weighted, packed = run.limits.is_weighted, report.pack()
 
     def sync(devices: list) -> tuple[State, np.ndarray]:
         return run.cluster.sync(state, packed, devices, weighted)
@@ -210,6 +213,31 @@ def _make_report(
     is_done = progress.local_step >= run.last_step or run.prefetcher.is_exhausted()
     seconds = time.monotonic() - progress.round_start
     return RoundReport(steps, seconds, is_done, run.stop_requested.is_set(), metrics)
+
+
+def _round_weight(
+    weights: MetricWeights | None, report: RoundReport, examples: int
+) -> float:
+    """Returns the weight of the workers of this process in a round.
+
+    Args:
+      weights: weights by a metric; None for the number of local steps.
+      report: steps and metrics of the round.
+      examples: rows of the batches of one worker, for a training step without the
+        metric "examples".
+
+    Returns:
+      The weight; 0 for a round without steps.
+
+    Raises:
+      ValueError: if there is no such metric.
+    """
+    if weights is None or not report.steps:
+        return float(report.steps)
+    metrics = {"examples": examples / report.steps, **report.metrics}
+    text = f"{weights.metric!r} must be a metric with one number per worker"
+    check(weights.metric in metrics, "train(weights)", text, sorted(metrics))
+    return float(weights(metrics[weights.metric] * report.steps, report.steps))
 
 
 def _mean_metrics(metrics: PyTree) -> dict[str, float]:

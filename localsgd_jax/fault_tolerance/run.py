@@ -13,6 +13,7 @@ from localsgd_jax.fault_tolerance.status import Status
 from localsgd_jax.training.callbacks import Callbacks, RowReporter
 from localsgd_jax.training.history import HistoryRecorder
 from localsgd_jax.training.progress import ProgressBar
+from localsgd_jax.training.round_weights import MetricWeights
 from localsgd_jax.training.run_context import RunContext
 
 
@@ -26,6 +27,7 @@ class RoundLimits:
       round_deadline: seconds after which a round ends with fewer local steps, and at
         least one dispatch; None for no deadline.
       min_processes: number of processes below which the run ends.
+      weights: weights of the workers by a metric, or None.
 
     Raises:
       TypeError: if a number has the wrong type.
@@ -36,6 +38,13 @@ class RoundLimits:
     steps: int | None
     round_deadline: float | None
     min_processes: int
+    weights: MetricWeights | None = None
+
+    @property
+    def is_weighted(self) -> bool:
+        """Whether workers have different weights."""
+        # Processes take different numbers of steps only if a round has a deadline.
+        return self.round_deadline is not None or self.weights is not None
 
     def __post_init__(self) -> None:
         """Validates the numbers."""

@@ -7,6 +7,7 @@ from localsgd_jax.rules.compression import cast, quantize, scaled_sign, top_k
 from localsgd_jax.rules.decentralized import gossip
 from localsgd_jax.rules.delayed import delay, overlap
 from localsgd_jax.rules.diagnostics import with_diagnostics
+from localsgd_jax.rules.eager import eager_outer
 from localsgd_jax.rules.elastic_averaging import elastic_average, interpolate
 from localsgd_jax.rules.flattening import flatten
 from localsgd_jax.rules.moving_average import ema
@@ -19,14 +20,19 @@ from localsgd_jax.rules.outer_optimizer import (
     lookahead,
     outer,
     slowmo,
+    snoo,
 )
 from localsgd_jax.rules.partitioning import desloc, partition
+from localsgd_jax.rules.radial_directional import radial_directional_average
 from localsgd_jax.rules.robust import drop_outliers, median, trimmed_mean
 from localsgd_jax.rules.sharded import shard_state
 from localsgd_jax.rules.sparse import chunked_top_k, sparseloco
 from localsgd_jax.rules.streaming import fragment
 
 __all__ = [
+    "snoo",
+    "radial_directional_average",
+    "eager_outer",
     "clip_to_median_norm",
     "sparseloco",
     "chunked_top_k",

@@ -29,6 +29,7 @@ from localsgd_jax.rules.error_feedback import (
     safe_total,
     weighted_or_zero,
 )
+from localsgd_jax.rules.float4_codec import float4_codec
 
 
 def quantize(
@@ -38,8 +39,9 @@ def quantize(
     rounding: str = "nearest",
     block: int = 256,
     seed: int = 0,
+    encoding: str = "integer",
 ) -> SyncRule:
-    """Sends a mean as packed b-bit integers, with error feedback.
+    """Sends a mean as packed b-bit integers or floats, with error feedback.
 
     The tree is flattened and split into one chunk per worker. Q quantises to b-bit
     integers with a float32 scale per block. For worker k and chunk j:
@@ -63,14 +65,17 @@ def quantize(
       rounding: "nearest", or "stochastic", which is unbiased.
       block: numbers that share a scale, a multiple of 8.
       seed: seed of stochastic rounding; samples differ between rounds and workers.
+      encoding: "integer", with equal distances between values, or "e3m0" with 4 bits:
+        a sign and an exponent, ± 2^(L − 7) of the largest |v| of the block for L = 1,
+        …, 7, and 0.
 
     Returns:
       A rule with two vectors of local state per worker.
 
     Raises:
       TypeError: if `rule` is not a rule or `block` not an int.
-      ValueError: if `bits` or `rounding` is not one of the values above, `block` is not
-        a multiple of 8, or `rule` is not a plain mean.
+      ValueError: if `bits`, `rounding` or `encoding` is not one of the values above,
+        `block` is not a multiple of 8, or `rule` is not a plain mean.
 
     Example:
       >>> import optax
@@ -82,6 +87,8 @@ def quantize(
       Gradient Compression Schemes, 2019, Algorithm 2. arXiv:1901.09847
       Tang et al., 1-bit Adam, 2021, section 4: worker and server error feedback.
       arXiv:2102.02888
+      Douillard et al., Streaming DiLoCo with overlapping communication, 2025, section
+      2.4: E3M0. arXiv:2501.18512
     """
     check(bits in BITS, "quantize(bits)", f"bits must be one of {BITS}", bits)
     known = rounding in ("nearest", "stochastic")
@@ -89,9 +96,23 @@ def quantize(
     check(known, "quantize(rounding)", text, repr(rounding))
     check_int("quantize(block)", "block", block, 8)
     check(block % 8 == 0, "quantize(block)", "block must be a multiple of 8", block)
-    codec = integer_codec(bits, block, rounding == "stochastic")
+    known = encoding == "integer" or (encoding == "e3m0" and bits == 4)
+    text = 'encoding must be "integer", or "e3m0" with bits=4'
+    check(known, "quantize(encoding)", text, repr(encoding))
+    is_float, stochastic = encoding == "e3m0", rounding == "stochastic"
+    codec = (
+        float4_codec(block, stochastic)
+        if is_float
+        else integer_codec(bits, block, stochastic)
+    )
     name = call_name(
-        "quantize", rule, bits=bits, rounding=rounding, block=block, seed=seed
+        "quantize",
+        rule,
+        bits=bits,
+        rounding=rounding,
+        block=block,
+        seed=seed,
+        encoding=encoding if is_float else None,
     )
     return _encoded_mean("quantize", rule, codec, seed, name)
 

@@ -272,6 +272,41 @@ def lookahead(slow_step_size: LearningRate = 0.5) -> SyncRule:
     return _named(rule, "lookahead", slow_step_size=slow_step_size)
 
 
+def snoo(learning_rate: LearningRate = 0.7, momentum: float = 0.5) -> SyncRule:
+    """Applies Nesterov momentum to the progress of a single worker (SNOO).
+
+        v ← μ v + Δ,   x̄ ← x̄ − η (Δ + μ v)
+
+    The equation is that of `diloco`, for K = 1 and with another momentum: nothing is
+    sent, and the outer step smooths the steps of the inner optimizer. The published
+    period is 30 local steps.
+
+    Args:
+      learning_rate: η, a number or an optax schedule over rounds.
+      momentum: μ.
+
+    Returns:
+      `outer(optax.sgd(learning_rate, momentum, nesterov=True))`.
+
+    Raises:
+      ValueError: if the learning rate is not finite.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> import localsgd_jax as lsgd
+      >>> loss_fn = lambda w, batch: jnp.mean((w - batch) ** 2)
+      >>> algorithm = lsgd.local_sgd(loss_fn, optax.adamw(1e-3), lsgd.snoo())
+      >>> cluster, schedule = lsgd.simulate(algorithm, workers=1), lsgd.every(30)
+
+    References:
+      SNOO: Step-K Nesterov Outer Optimizer, 2025. arXiv:2510.15830. The defaults are
+      those of a public training record that uses it.
+    """
+    _check_finite("snoo(learning_rate)", learning_rate)
+    rule = outer(optax.sgd(learning_rate, momentum, nesterov=True))
+    return _named(rule, "snoo", learning_rate=learning_rate, momentum=momentum)
+
+
 def _named(rule: SyncRule, function: str, **arguments: object) -> SyncRule:
     """Replaces the name of a rule by that of a recipe."""
     return dataclasses.replace(rule, name=call_name(function, **arguments))

@@ -45,11 +45,12 @@ def assert_equal_runs(
     batch = prefetcher.peek()
     if batch is not None:
         batch = cluster.shard_batch(batch)
-    max_steps = settings.max_steps_per_dispatch
+    max_steps, weights = settings.max_steps_per_dispatch, settings.weights
+    next_round = context.round + 1
     arguments = {
         "schedule": _schedule_fingerprint(settings.schedule, context.step, max_steps),
         "steps": settings.steps,
-        "weights": settings.weights,
+        "weights": weights and weights.fingerprint(next_round),
         "evaluate_every": callbacks.evaluate_every if callbacks.evaluate else None,
         "save_every": callbacks.save_every if callbacks.save else None,
         "max_steps_per_dispatch": max_steps,
@@ -59,7 +60,9 @@ def assert_equal_runs(
         "state": {"step": context.step, "round": context.round},
         "leaves": arrays.describe_leaves(state),
         "batch": arrays.describe_leaves(batch),
-        "program": _program_checksums(cluster, state, batch, settings.weights),
+        "program": _program_checksums(
+            cluster, state, batch, weights and weights.example(next_round)
+        ),
     }
     assert_equal_across_processes("train()", fingerprint, context.processes)
 
@@ -95,7 +98,7 @@ def _schedule_fingerprint(
 
 
 def _program_checksums(
-    cluster: Cluster, state: State, batch: PyTree, weights: jax.Array | None
+    cluster: Cluster, state: State, batch: PyTree, weights: PyTree
 ) -> dict[str, str]:
     """Returns CRC-32 checksums of the lowered programs; none without a batch."""
     if batch is None:

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import NamedSharding
 
 from localsgd_jax.analysis.device_bytes import ByteRange, DeviceBytes
@@ -18,6 +17,7 @@ from localsgd_jax.execution.cyclic_round import RoundClass
 from localsgd_jax.execution.rounds import sync_in_class
 from localsgd_jax.training.byte_counter import BestEffort
 from localsgd_jax.training.round_programs import RoundPrograms
+from localsgd_jax.training.round_weights import RoundTotals, RoundWeights, Weights
 from localsgd_jax.training.segments import Segment
 
 # Programs of runs that are kept for the next call of `train`.
@@ -61,21 +61,24 @@ class Dispatcher:
     """
 
     def __init__(
-        self, cluster: Cluster, weights: jax.Array | None, state: State
+        self, cluster: Cluster, weights: RoundWeights | Weights, state: State
     ) -> None:
         """Wraps the programs in `jax.jit`; compiles nothing.
 
         Args:
           cluster: functions of the workers.
-          weights: `(K,)`, or None for equal weights.
+          weights: weights of the rounds, as the argument of `train`.
           state: state before the first dispatch; only its shapes and shardings are
             read.
         """
+        if not isinstance(weights, RoundWeights):
+            weights = RoundWeights(weights, cluster.num_workers)
+        self._weights, self._totals = weights, weights.initial_totals()
         self._device_bytes, self._best_effort = DeviceBytes(state), BestEffort()
         jit = partial(jax.jit, donate_argnums=0)
         shardings = _mesh_shardings(state)
         self._local_steps = jit(
-            partial(_local_steps, cluster), out_shardings=(shardings, None)
+            partial(_local_steps, cluster, weights), out_shardings=(shardings, None)
         )
         self._rounds = jit(
             partial(_rounds, cluster, weights),
@@ -88,6 +91,10 @@ class Dispatcher:
             out_shardings=shardings,
         )
         self.round_programs = RoundPrograms(self._sync, state)
+
+    def reset(self) -> None:
+        """Forgets the incomplete round of an earlier run."""
+        self._totals = self._weights.initial_totals()
 
     def run(
         self, segment: Segment, state: State, batches: PyTree
@@ -103,17 +110,22 @@ class Dispatcher:
           The state after the segment, and the metrics, both perhaps not computed yet.
         """
         if segment.period is None:
-            state, metrics = self._local_steps(state, batches)
+            state, (metrics, self._totals) = self._local_steps(
+                state, batches, self._totals
+            )
             return state, DispatchResult(segment.due, metrics, {}, None)
         static = {
             "period": segment.period,
             "round_class": self.round_programs.choose(segment.round),
         }
         rounds = sum(segment.due)
+        arguments = state, batches, self._weights.given(segment.round, rounds)
+        arguments += (self._totals,)
         device_bytes = self._bytes_per_round(
-            self._rounds, state, batches, rounds=rounds, **static
+            self._rounds, *arguments, rounds=rounds, **static
         )
-        state, (metrics, values) = self._rounds(state, batches, **static)
+        state, (metrics, values) = self._rounds(*arguments, **static)
+        self._totals = self._weights.initial_totals()
         self._best_effort.warn()
         return state, DispatchResult(segment.due, metrics, values, device_bytes)
 
@@ -130,8 +142,11 @@ class Dispatcher:
           The synchronised state, and the bytes that a device sends for it.
         """
         static = {"round_class": self.round_programs.choose(round_number)}
-        device_bytes = self._bytes_per_round(self._sync, state, rounds=1, **static)
-        state = self._sync(state, **static)
+        given = self._weights.given(round_number, 1)
+        arguments = state, given if given is None else given[0], self._totals
+        device_bytes = self._bytes_per_round(self._sync, *arguments, rounds=1, **static)
+        state = self._sync(*arguments, **static)
+        self._totals = self._weights.initial_totals()
         self._best_effort.warn()
         return state, device_bytes
 
@@ -146,41 +161,36 @@ class _Signature(NamedTuple):
 
     Attributes:
       functions: functions of the cluster.
-      weights: weight of each worker, or None.
+      weights: `RoundWeights.key`.
       structure: structure of the state.
       leaves: shape, dtype and sharding of each leaf of the state.
     """
 
     functions: tuple
-    weights: tuple | None
+    weights: Any
     structure: Any
     leaves: tuple
 
     @classmethod
-    def of(
-        cls, cluster: Cluster, weights: jax.Array | None, state: State
-    ) -> "_Signature":
+    def of(cls, cluster: Cluster, weights: RoundWeights, state: State) -> "_Signature":
         """Returns the signature of the arguments of a dispatcher."""
         leaves, structure = jax.tree.flatten(state)
         forms = tuple((x.shape, x.dtype, x.sharding) for x in leaves)
-        values = None if weights is None else tuple(np.asarray(weights).tolist())
         functions = (cluster.step, cluster.sync, cluster.sync_if, cluster.bytes_sent)
-        return cls(functions, values, structure, forms)
+        return cls(functions, weights.key, structure, forms)
 
 
 _last_dispatchers: OrderedDict[_Signature, Dispatcher] = OrderedDict()
 
 
-def dispatcher_of(
-    cluster: Cluster, weights: jax.Array | None, state: State
-) -> Dispatcher:
+def dispatcher_of(cluster: Cluster, weights: RoundWeights, state: State) -> Dispatcher:
     """Returns the programs of a run; those of the last four runs are kept.
 
     A loop over epochs with a call of `train` in each of them compiles once.
 
     Args:
       cluster: functions of the workers.
-      weights: `(K,)`, or None for equal weights.
+      weights: weights of the rounds.
       state: state before the first dispatch; only its shapes and shardings are kept.
 
     Returns:
@@ -190,6 +200,7 @@ def dispatcher_of(
     dispatcher = _last_dispatchers.pop(signature, None)
     if dispatcher is None:
         dispatcher = Dispatcher(cluster, weights, state)
+    dispatcher.reset()
     _last_dispatchers[signature] = dispatcher
     while len(_last_dispatchers) > _NUM_DISPATCHERS:
         _last_dispatchers.popitem(last=False)
@@ -244,29 +255,44 @@ def _mesh_shardings(state: State) -> State | None:
     return shardings if is_on_mesh else None
 
 
-def _local_steps(cluster: Cluster, state: State, batches: PyTree) -> tuple[State, dict]:
+def _local_steps(
+    cluster: Cluster,
+    weights: RoundWeights,
+    state: State,
+    batches: PyTree,
+    totals: RoundTotals | None,
+) -> tuple[State, tuple[dict, RoundTotals | None]]:
     """Runs local steps; leaves of the batches are (H, K, B, ...)."""
     state, metrics = jax.lax.scan(cluster.step, state, batches)
-    return state, metrics_by_name(metrics, ndim=2)
+    return state, (metrics_by_name(metrics, ndim=2), weights.add(totals, metrics))
 
 
 def _rounds(
     cluster: Cluster,
-    weights: jax.Array | None,
+    weights: RoundWeights,
     state: State,
     batches: PyTree,
+    given: jax.Array | None,
+    totals: RoundTotals | None,
     period: int,
     round_class: RoundClass | None,
 ) -> tuple[State, tuple[dict, dict]]:
-    """Runs whole rounds of `period` steps; leaves of the batches are (H, K, B, ...)."""
+    """Runs whole rounds of `period` steps; leaves of the batches are (H, K, B, ...).
+
+    The first round continues the sums `totals`. `given` has a row for each round.
+    """
     nested = jax.tree.map(lambda x: x.reshape(-1, period, *x.shape[1:]), batches)
 
-    def one_round(state: State, batches: PyTree) -> tuple[State, tuple]:
+    def one_round(carry: tuple, inputs: tuple) -> tuple[tuple, tuple]:
+        (state, totals), (batches, given) = carry, inputs
         state, metrics = jax.lax.scan(cluster.step, state, batches)
-        state = sync_in_class(cluster, round_class, state, weights)
-        return state, (metrics, rule_metrics(state))
+        weight = weights.weight(given, weights.add(totals, metrics))
+        state = sync_in_class(cluster, round_class, state, weight)
+        zeros = jax.tree.map(jnp.zeros_like, totals)
+        return (state, zeros), (metrics, rule_metrics(state))
 
-    state, (metrics, values) = jax.lax.scan(one_round, state, nested)
+    carry = state, jax.tree.map(jnp.asarray, totals)
+    (state, _), (metrics, values) = jax.lax.scan(one_round, carry, (nested, given))
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), metrics)
     at_each_step = jax.tree.map(lambda x: jnp.repeat(x, period), values)
     return state, (metrics_by_name(flat, ndim=2), at_each_step)
@@ -274,9 +300,13 @@ def _rounds(
 
 def _sync(
     cluster: Cluster,
-    weights: jax.Array | None,
+    weights: RoundWeights,
     state: State,
+    given: jax.Array | None = None,
+    totals: RoundTotals | None = None,
+    *,
     round_class: RoundClass | None,
 ) -> State:
     """Synchronises; the weights were checked when the run began."""
-    return sync_in_class(cluster, round_class, state, weights)
+    weight = weights.weight(given, totals)
+    return sync_in_class(cluster, round_class, state, weight)

@@ -20,6 +20,7 @@ from localsgd_jax.training.evaluation import Evaluator
 from localsgd_jax.training.history import History, HistoryRecorder
 from localsgd_jax.training.outputs import RunOutputs
 from localsgd_jax.training.progress import progress_bar
+from localsgd_jax.training.round_weights import RoundWeights, Weights
 from localsgd_jax.training.run_context import RunSettings, context_of
 from localsgd_jax.training.segments import segments
 
@@ -32,7 +33,7 @@ def train(
     *,
     schedule: int | Callable,
     steps: int | None = None,
-    weights: jax.Array | None = None,
+    weights: Weights = None,
     evaluate: Callable | None = None,
     evaluate_every: int = 1,
     eval_fields: str | Sequence[str] | None = "params",
@@ -61,7 +62,11 @@ def train(
         batches end first, as in `zip`.
       schedule: a period, or a schedule: a predicate on the number of local steps.
       steps: most local steps of this call; None for all batches.
-      weights: `(K,)`, the weight of each worker in every mean; None for equal weights.
+      weights: weight of each worker in the means of a round; None for equal weights.
+        `(K,)`; a function from the number of the round, 1 for the first, to `(K,)`; the
+        name of a metric, such as "examples" or "tokens", whose sum over the local steps
+        of the round is the weight; or `weighted_by(metric, formula)`. If a run is
+        resumed within a round, the sum has the steps of this call only.
       evaluate: `evaluate(model)`, with the mean model; returns a number or a dict of
         numbers.
       evaluate_every: rounds with a multiple of this number are evaluated, and the last.
@@ -99,7 +104,8 @@ def train(
       CoordinationError: if the processes of a job have different arguments, programs or
         batch shapes, if the batches of another process raise, or if one does not
         respond in time.
-      ValueError: if an argument is out of range, or a batch does not have K rows.
+      ValueError: if an argument is out of range, a batch does not have K rows, or
+        there is no metric of the name `weights`.
       TypeError: if batches differ in structure, or `schedule` is no schedule.
 
     Example:
@@ -118,9 +124,13 @@ def train(
     callbacks = Callbacks(
         evaluate, evaluate_every, eval_fields, on_round_end, save, save_every
     )
-    settings = RunSettings(schedule, steps, weights, max_steps_per_dispatch)
+    round_weights = RoundWeights(weights, cluster.num_workers)
+    settings = RunSettings(schedule, steps, round_weights, max_steps_per_dispatch)
     context, examples = context_of(state), 0
-    dispatcher = dispatcher_of(cluster, weights, state)
+    round_weights = RoundWeights(weights, cluster.num_workers)
+    settings = RunSettings(schedule, steps, round_weights, max_steps_per_dispatch)
+    context, examples = context_of(state), 0
+    dispatcher = dispatcher_of(cluster, round_weights, state)
     history = HistoryRecorder(context, ByteCounter(cluster.bytes_sent, state))
     prefetcher = SynchronizedPrefetcher(
         islice(batches, steps),

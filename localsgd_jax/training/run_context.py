@@ -9,6 +9,7 @@ import jax
 from localsgd_jax.core.types import State
 from localsgd_jax.core.validation import check_int
 from localsgd_jax.distributed import arrays
+from localsgd_jax.training.round_weights import RoundWeights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +19,7 @@ class RunSettings:
     Attributes:
       schedule: predicate on the number of local steps.
       steps: most local steps of the run; None for all batches.
-      weights: `(K,)`, or None for equal weights.
+      weights: weights of the rounds.
       max_steps_per_dispatch: most local steps of one dispatch.
 
     Raises:
@@ -28,7 +29,7 @@ class RunSettings:
 
     schedule: Callable
     steps: int | None
-    weights: jax.Array | None
+    weights: RoundWeights | None
     max_steps_per_dispatch: int
 
     def __post_init__(self) -> None:

@@ -220,6 +220,24 @@ RULES = {
         collectives=("all-gather", "all-reduce"),
         placements=FEW_PLACEMENTS,
     ),
+    "quantize_e3m0": Case(
+        lsgd.outer(
+            optax.sgd(0.7),
+            lsgd.quantize(lsgd.average(), 4, block=8, encoding="e3m0"),
+        ),
+        symmetric=False,
+        collectives=GATHER_AND_ALL_TO_ALL,
+        placements=FEW_PLACEMENTS,
+    ),
+    "radial_directional_average": Case(
+        lsgd.outer(optax.sgd(0.7), lsgd.radial_directional_average()),
+        placements=FEW_PLACEMENTS,
+    ),
+    "eager_outer": Case(
+        lsgd.eager_outer(optax.sgd(0.7, momentum=0.9)),
+        reaches_consensus=False,
+        placements=FEW_PLACEMENTS,
+    ),
     "gossip_ring": Case(
         lsgd.gossip("ring"),
         reaches_consensus=False,

@@ -3,6 +3,24 @@
 from mutation.mutant import Mutant
 
 MUTANTS = {
+    "applies the own update again a round later": Mutant(
+        "rules/eager.py",
+        "share.astype(mean.dtype) * (new - last)",
+        "share.astype(mean.dtype) * new",
+        "rules/test_eager.py -k eager_outer",
+    ),
+    "shortens the radial mean": Mutant(
+        "rules/radial_directional.py",
+        "return _divide(direction, _norm(direction)) *",
+        "return direction *",
+        "rules/test_radial_directional.py -k hand",
+    ),
+    "shifts the levels of 4-bit floats": Mutant(
+        "rules/float4_codec.py",
+        "jnp.exp2(level - _LEVELS)",
+        "jnp.exp2(level - _LEVELS - 1)",
+        "rules/test_float4_codec.py -k nearest",
+    ),
     "keeps the complete error of a sparse mean": Mutant(
         "rules/sparse.py",
         "decay * (vector - join_rows(sent, vector.size))",

@@ -3,6 +3,18 @@
 from mutation.mutant import Mutant
 
 MUTANTS = {
+    "forgets the metric of earlier dispatches of a round": Mutant(
+        "training/round_weights.py",
+        "RoundTotals(totals.metric + total,",
+        "RoundTotals(total,",
+        "training/test_round_weights.py -k may_be_a_metric",
+    ),
+    "weighs all rounds by the first": Mutant(
+        "training/round_weights.py",
+        "self._of_round(first_round + i)",
+        "self._of_round(1)",
+        "training/test_round_weights.py -k function_of_the_round",
+    ),
     "drops the last incomplete round": Mutant(
         "training/loop.py",
         "        if history.open_round:",

@@ -15,6 +15,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 os.environ.setdefault("NPROC", "32")
@@ -25,7 +26,8 @@ import numpy as np
 import optax
 
 import localsgd_jax as lsgd
-from localsgd_jax.analysis.ops import Branch
+from localsgd_jax.execution.cyclic_round import RoundClass
+from localsgd_jax.execution.rounds import sync_in_class
 
 WORKERS = 8
 SGD = optax.sgd(0.7)
@@ -74,6 +76,7 @@ ROWS = {
     "partition(diloco(), average())": Row(
         lambda: lsgd.partition({"outer": lsgd.diloco(), "mean": lsgd.average()}, _half)
     ),
+    "desloc()": Row(lambda: lsgd.desloc(), 6),
     "chunked_top_k(average(), 64)": Row(
         lambda: lsgd.outer(SGD, lsgd.chunked_top_k(lsgd.average(), 64))
     ),
@@ -113,13 +116,16 @@ def make_cluster(rule: lsgd.SyncRule) -> lsgd.Cluster:
     return lsgd.on_mesh(algorithm, mesh)
 
 
-def mean_bytes_sent(cluster: lsgd.Cluster, state: lsgd.State) -> float:
-    """Returns the bytes that a worker sends per round, the mean over all branches."""
+def mean_bytes_sent(
+    cluster: lsgd.Cluster, state: lsgd.State, rounds_per_cycle: int
+) -> float:
+    """Returns the bytes that a worker sends per round, the mean over a cycle."""
     total = 0.0
-    for op in lsgd.collective_ops(cluster.sync, state):
-        branches = [node.count for node in op.control_flow if isinstance(node, Branch)]
-        total += op.bytes_sent / np.prod(branches or [1])
-    return total
+    for residue in range(rounds_per_cycle):
+        round_class = RoundClass(rounds_per_cycle, residue)
+        sync = partial(sync_in_class, cluster, round_class)
+        total += sum(op.bytes_sent for op in lsgd.collective_ops(sync, state))
+    return total / rounds_per_cycle
 
 
 def measure(size: int, leaves: int, repeats: int, names: list[str]) -> list[dict]:
@@ -135,7 +141,8 @@ def measure(size: int, leaves: int, repeats: int, names: list[str]) -> list[dict
         rows.append(
             {
                 "rule": name,
-                "MB": mean_bytes_sent(cluster, state) / 1e6,
+                "MB": mean_bytes_sent(cluster, state, ROWS[name].rounds_per_cycle)
+                / 1e6,
                 "shared": _bytes(state.shared) / payload,
                 "local": _bytes(state.local) / WORKERS / payload,
                 "seconds": seconds,
@@ -150,7 +157,9 @@ def measure(size: int, leaves: int, repeats: int, names: list[str]) -> list[dict
 def _compile_sync(rule: lsgd.SyncRule, params: dict) -> tuple:
     """Returns the cluster of a rule, a state, and its compiled synchronisation."""
     cluster = make_cluster(rule)
-    state = cluster.init({"params": params})
+    start = {"params": params, "opt_state": optax.adam(1e-3).init(params)}
+    fields = {"params", *cluster.algorithm.rule_names}
+    state = cluster.init({name: start[name] for name in sorted(fields)})
     sync = jax.jit(cluster.sync, donate_argnums=0)
     return cluster, jax.block_until_ready(sync(state)), sync
 

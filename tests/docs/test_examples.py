@@ -8,6 +8,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from harness.paths import ROOT
 
@@ -138,3 +139,31 @@ def test_default_text_is_available_offline():
     train, test = importlib.import_module("text").load(None, 64)
     assert train.shape[1] == 65 and len(train) > 5000 and len(test) > 500
     assert lsgd.shuffled_batches(train, workers=4, batch=8)
+
+
+def test_gpa_matches_hand_computation():
+    """f = y²/2, base SGD 0.5, μ_y 0.7 and μ_x 0.9 for H = 1, from 1."""
+    gpa = importlib.import_module("gpa")
+    optimizer = gpa.gpa(optax.sgd(0.5), period=1)
+    y, x, z = 1.0, 1.0, 1.0
+    params = jnp.float32(1)
+    state = optimizer.init(params)
+    for _ in range(4):
+        z = z - 0.5 * y
+        x = 0.9 * x + 0.1 * z
+        y = 0.7 * x + 0.3 * z
+        updates, state = optimizer.update(params, state, params)
+        params = optax.apply_updates(params, updates)
+        np.testing.assert_allclose([params, state.x, state.z], [y, x, z], rtol=1e-5)
+    published = [0.9, 0.974, 0.9869, 0.9934, 0.9967, 0.9984, 0.9992]
+    periods = [1, 4, 8, 16, 32, 64, 128]
+    np.testing.assert_allclose([0.9 ** (1 / h) for h in periods], published, atol=5e-5)
+
+
+@pytest.mark.full
+def test_gpa_prints_a_loss_for_each_method(capsys):
+    gpa = importlib.import_module("gpa")
+    losses = gpa.main(["--steps", "64", "--seeds", "1"])
+    assert list(losses) == ["AdamW", "SNOO", "GPA"]
+    assert all(np.isfinite(loss) for loss in losses.values())
+    assert len(capsys.readouterr().out.splitlines()) == 3

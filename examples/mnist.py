@@ -162,7 +162,7 @@ def run(
         accuracies = [accuracy(variables, LabelledImages(*chunk)) for chunk in chunks]
         return {"accuracy": np.mean(accuracies)}
 
-    algorithm, initial = from_linen(train_step, initial, lsgd.average())
+    algorithm, initial = from_linen(train_step, initial)
     cluster = lsgd.on_mesh(algorithm, lsgd.worker_mesh(workers), workers)
     batches = lsgd.shuffled_batches(
         train, workers=workers, batch=batch // workers, seed=seed

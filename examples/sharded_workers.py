@@ -76,7 +76,7 @@ def run(
     mesh = lsgd.worker_mesh(workers, inner_axes={"model": shards})
     model = Gpt(rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, make_optimizer("adamw", steps), wrt=nnx.Param)
-    algorithm, initial = from_nnx(train_step, model, optimizer, rule=lsgd.average())
+    algorithm, initial = from_nnx(train_step, model, optimizer)
     cluster = lsgd.on_mesh(algorithm, mesh)
     state = cluster.init(shard_params(initial, mesh))
     device_bytes = sum(

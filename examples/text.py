@@ -163,7 +163,7 @@ def run(
     """Trains one schedule and returns the averaged model and the history."""
     model = Gpt(depth=depth, rngs=nnx.Rngs(0))
     inner = nnx.Optimizer(model, make_optimizer(optimizer, steps), wrt=nnx.Param)
-    algorithm, initial = from_nnx(train_step, model, inner, rule=lsgd.average())
+    algorithm, initial = from_nnx(train_step, model, inner)
     cluster = lsgd.on_mesh(algorithm, lsgd.worker_mesh(workers), workers)
     graphdef, _ = nnx.split(model)
 

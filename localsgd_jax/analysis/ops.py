@@ -50,8 +50,7 @@ def collective_ops(
     Example:
       >>> import jax, jax.numpy as jnp, optax
       >>> import localsgd_jax as lsgd
-      >>> algorithm = lsgd.local_sgd(lambda w, b: (w - b) ** 2, optax.sgd(0.5),
-      ...                            rule=lsgd.average())
+      >>> algorithm = lsgd.local_sgd(lambda w, b: (w - b) ** 2, optax.sgd(0.5))
       >>> mesh = jax.make_mesh((jax.device_count(),), ("worker",))
       >>> cluster = lsgd.on_mesh(algorithm, mesh)
       >>> collective_ops(cluster.step, cluster.init(0.0), jnp.ones(cluster.num_workers))

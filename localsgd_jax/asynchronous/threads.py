@@ -101,8 +101,7 @@ def on_threads(
       >>> import jax, jax.numpy as jnp, optax
       >>> import localsgd_jax as lsgd
       >>> from localsgd_jax import asynchronous
-      >>> algorithm = lsgd.local_sgd(lambda w, b: (w - b) ** 2, optax.sgd(0.1),
-      ...                            rule=lsgd.average())
+      >>> algorithm = lsgd.local_sgd(lambda w, b: (w - b) ** 2, optax.sgd(0.1))
       >>> cluster = asynchronous.on_threads(algorithm, devices=jax.devices()[:1] * 2)
       >>> batches = [jnp.array([1.0, 3.0])] * 12                   # 12 steps, K = 2
       >>> state = cluster.init(jnp.zeros(()))

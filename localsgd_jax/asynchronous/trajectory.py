@@ -55,8 +55,7 @@ def with_snapshots(
       >>> import jax.numpy as jnp, optax
       >>> import localsgd_jax as lsgd
       >>> from localsgd_jax import asynchronous
-      >>> algorithm = lsgd.local_sgd(lambda w, b: (w - b) ** 2, optax.sgd(0.5),
-      ...                            rule=lsgd.average())
+      >>> algorithm = lsgd.local_sgd(lambda w, b: (w - b) ** 2, optax.sgd(0.5))
       >>> events = asynchronous.simulate_events(2, steps=1, schedule=1, speed=[2, 1])
       >>> aggregation = asynchronous.with_snapshots(count=2)
       >>> cluster = asynchronous.simulate(algorithm, events, aggregation)

@@ -67,7 +67,7 @@ class RunCheckpointer:
           >>> import localsgd_jax as lsgd
           >>> from localsgd_jax.checkpoint import RunCheckpointer
           >>> algorithm = lsgd.local_sgd(lambda w, b: jnp.mean((w - b) ** 2),
-          ...                            optax.sgd(0.1), rule=lsgd.average())
+          ...                            optax.sgd(0.1))
           >>> cluster = lsgd.simulate(algorithm, workers=2)
           >>> data = np.arange(12, dtype=np.float32)
           >>> def run(directory, steps):

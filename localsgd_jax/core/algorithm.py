@@ -8,10 +8,13 @@ import jax.numpy as jnp
 import optax
 
 from localsgd_jax.core import train_state
+from localsgd_jax.core.averaging import average
 from localsgd_jax.core.pieces import infer_specs, with_specs
 from localsgd_jax.core.prng_keys import forbid_raw_keys
 from localsgd_jax.core.types import Algorithm, PyTree, RuleState, SyncContext, SyncRule
 from localsgd_jax.core.validation import check_rule
+
+Rules = SyncRule | Mapping[str, SyncRule] | None
 
 
 class WorkerState(NamedTuple):
@@ -29,13 +32,14 @@ class WorkerState(NamedTuple):
 def local_sgd(
     loss_fn: Callable,
     optimizer: optax.GradientTransformation,
-    rule: SyncRule | Mapping[str, SyncRule],
+    rule: Rules = None,
     *,
     has_aux: bool = False,
 ) -> Algorithm:
     """Creates local SGD from a loss function and an optax optimizer.
 
-    Each worker k takes steps on its own batches ξ, and a rule synchronises all workers:
+    Each worker k takes steps on its own batches ξ, and a rule synchronises all workers,
+    by default the mean:
 
         xₖ ← xₖ + optimizer(∇f(xₖ; ξ))
         x₁, …, x_K ← rule(x₁, …, x_K)
@@ -47,7 +51,8 @@ def local_sgd(
       loss_fn: `loss_fn(params, batch)` returns a scalar, or with `has_aux` a pair of a
         scalar and any pytree.
       optimizer: any optax optimizer; by default its state is not synchronised.
-      rule: rule for the parameters, or a dict of rules for "params" and "opt_state".
+      rule: rule for the parameters, or a dict of rules for "params" and "opt_state";
+        None for `average()`.
       has_aux: as in `jax.value_and_grad`.
 
     Returns:
@@ -60,11 +65,10 @@ def local_sgd(
 
     Example:
       >>> import jax.numpy as jnp, optax
-      >>> import localsgd_jax as lsgd
       >>> def loss_fn(params, batch):
       ...     inputs, targets = batch
       ...     return jnp.mean((inputs @ params["w"] - targets) ** 2)
-      >>> algorithm = local_sgd(loss_fn, optax.adam(1e-3), rule=lsgd.average())
+      >>> algorithm = local_sgd(loss_fn, optax.adam(1e-3))
 
     References:
       Stich, Local SGD Converges Fast and Communicates Little, 2019, Algorithm 1.
@@ -115,12 +119,11 @@ def local_sgd(
     return algorithm._replace(init=init)
 
 
-def from_train_step(
-    train_step: Callable, rule: SyncRule | Mapping[str, SyncRule]
-) -> Algorithm:
+def from_train_step(train_step: Callable, rule: Rules = None) -> Algorithm:
     """Creates local SGD from an existing training step.
 
-    Each field named in `rule` is synchronised; all other fields stay local:
+    Each field named in `rule` is synchronised, by default the mean of "params"; all
+    other fields stay local:
 
         sₖ ← train_step(sₖ, ξ)
         sₖ.field ← rule[field](s₁.field, …, s_K.field)
@@ -134,7 +137,8 @@ def from_train_step(
         becomes a different key for each worker. A raw `jax.random.PRNGKey` would be
         equal on all workers and is refused at `init`, except in the fields "params",
         "batch_stats" and "opt_state".
-      rule: a dict from field to rule; a bare rule is the rule of "params".
+      rule: a dict from field to rule; a bare rule is the rule of "params"; None for
+        `average()`.
 
     Returns:
       An algorithm; its `init` takes a train state.
@@ -145,18 +149,17 @@ def from_train_step(
       ValueError: at `init`, if the state lacks a field.
 
     Example:
-      >>> import localsgd_jax as lsgd
       >>> def train_step(state, batch):
       ...     w = state["params"] - 0.1 * (state["params"] - batch)
       ...     return {"params": w, "seen": state["seen"] + 1}, {"w": w}
-      >>> algorithm = from_train_step(train_step, rule=lsgd.average())
+      >>> algorithm = from_train_step(train_step)
     """
     if not callable(train_step):
         raise TypeError(
             f"from_train_step(train_step): train_step must be callable, got "
             f"{train_step!r}"
         )
-    rules = dict(rule) if isinstance(rule, Mapping) else {"params": rule}
+    rules = rules_by_field(rule)
     for field, field_rule in rules.items():
         check_rule(f"rule for the field {field!r}", field_rule)
 
@@ -228,6 +231,13 @@ def _metrics_of(values: list) -> PyTree:
     if not values:
         return {}
     return values[0] if len(values) == 1 else tuple(values)
+
+
+def rules_by_field(rule: Rules) -> dict[str, SyncRule]:
+    """Returns the rule of each field; `average()` for "params" by default."""
+    if isinstance(rule, Mapping):
+        return dict(rule)
+    return {"params": average() if rule is None else rule}
 
 
 def _transpose_rule_states(states: Mapping[str, RuleState]) -> RuleState:

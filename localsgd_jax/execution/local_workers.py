@@ -25,8 +25,7 @@ def local_workers(cluster: Cluster | ProcessCluster) -> np.ndarray:
     Example:
       >>> import jax.numpy as jnp, optax
       >>> import localsgd_jax as lsgd
-      >>> algorithm = lsgd.local_sgd(lambda w, b: (w - b) ** 2, optax.sgd(0.1),
-      ...                            rule=lsgd.average())
+      >>> algorithm = lsgd.local_sgd(lambda w, b: (w - b) ** 2, optax.sgd(0.1))
       >>> local_workers(lsgd.simulate(algorithm, workers=3))
       array([0, 1, 2])
     """

@@ -41,8 +41,7 @@ def consensus(state: State, field: str | Sequence[str] | None = "params") -> PyT
     Example:
       >>> import jax.numpy as jnp, optax
       >>> import localsgd_jax as lsgd
-      >>> algorithm = lsgd.local_sgd(lambda w, b: (w - b) ** 2, optax.sgd(0.5),
-      ...                            rule=lsgd.average())
+      >>> algorithm = lsgd.local_sgd(lambda w, b: (w - b) ** 2, optax.sgd(0.5))
       >>> cluster = lsgd.simulate(algorithm, workers=2)
       >>> state, _ = cluster.step(cluster.init(jnp.zeros(())), jnp.array([1.0, 3.0]))
       >>> consensus(state)
@@ -78,8 +77,7 @@ def common_model(
     Example:
       >>> import jax.numpy as jnp, optax
       >>> import localsgd_jax as lsgd
-      >>> algorithm = lsgd.local_sgd(lambda w, b: (w - b) ** 2, optax.sgd(0.5),
-      ...                            rule=lsgd.average())
+      >>> algorithm = lsgd.local_sgd(lambda w, b: (w - b) ** 2, optax.sgd(0.5))
       >>> cluster = lsgd.simulate(algorithm, workers=2)
       >>> state, _ = cluster.step(cluster.init(jnp.zeros(())), jnp.array([1.0, 3.0]))
       >>> common_model(state), common_model(cluster.sync(state))

@@ -62,8 +62,7 @@ def simulate(
     Example:
       >>> import jax.numpy as jnp, optax
       >>> import localsgd_jax as lsgd
-      >>> algorithm = lsgd.local_sgd(lambda w, b: (w - b) ** 2, optax.sgd(0.1),
-      ...                            rule=lsgd.average())
+      >>> algorithm = lsgd.local_sgd(lambda w, b: (w - b) ** 2, optax.sgd(0.1))
       >>> cluster = lsgd.simulate(algorithm, workers=1024)
       >>> cluster.init(jnp.zeros(())).workers.params.shape
       (1024,)
@@ -124,8 +123,7 @@ def on_mesh(
     Example:
       >>> import jax, jax.numpy as jnp, optax
       >>> import localsgd_jax as lsgd
-      >>> algorithm = lsgd.local_sgd(lambda w, b: (w - b) ** 2, optax.sgd(0.1),
-      ...                            rule=lsgd.average())
+      >>> algorithm = lsgd.local_sgd(lambda w, b: (w - b) ** 2, optax.sgd(0.1))
       >>> mesh = jax.make_mesh((jax.device_count(),), ("worker",))
       >>> cluster = lsgd.on_mesh(algorithm, mesh, workers=2 * jax.device_count())
     """

@@ -116,8 +116,7 @@ def on_processes(
     Example:
       >>> import jax, jax.numpy as jnp, numpy as np, optax
       >>> import localsgd_jax as lsgd
-      >>> algorithm = lsgd.local_sgd(lambda w, b: (w - b) ** 2, optax.sgd(0.5),
-      ...                            rule=lsgd.average())
+      >>> algorithm = lsgd.local_sgd(lambda w, b: (w - b) ** 2, optax.sgd(0.5))
       >>> mesh = jax.make_mesh((1,), ("worker",), devices=jax.devices()[:1])
       >>> cluster = on_processes(algorithm, mesh, workers=2)
       >>> batches = np.array([[1.0, 3.0]], np.float32)             # H = 1, K_local = 2

@@ -34,8 +34,7 @@ def gated(cluster: Cluster, schedule: Callable) -> Callable:
     Example:
       >>> import jax, jax.numpy as jnp, optax
       >>> import localsgd_jax as lsgd
-      >>> algorithm = lsgd.local_sgd(lambda w, b: (w - b) ** 2, optax.sgd(0.5),
-      ...                            rule=lsgd.average())
+      >>> algorithm = lsgd.local_sgd(lambda w, b: (w - b) ** 2, optax.sgd(0.5))
       >>> cluster = lsgd.simulate(algorithm, workers=2)
       >>> step = jax.jit(gated(cluster, lsgd.every(2)))
       >>> state = cluster.init(jnp.zeros(()))
@@ -74,8 +73,7 @@ def fused(cluster: Cluster) -> Callable:
     Example:
       >>> import jax, jax.numpy as jnp, optax
       >>> import localsgd_jax as lsgd
-      >>> algorithm = lsgd.local_sgd(lambda w, b: (w - b) ** 2, optax.sgd(0.5),
-      ...                            rule=lsgd.average())
+      >>> algorithm = lsgd.local_sgd(lambda w, b: (w - b) ** 2, optax.sgd(0.5))
       >>> cluster = lsgd.simulate(algorithm, workers=2)
       >>> one_round = jax.jit(fused(cluster))
       >>> batches = jnp.array([[1.0, 3.0], [1.0, 3.0]])           # H = 2, K = 2

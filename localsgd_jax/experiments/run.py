@@ -71,9 +71,7 @@ def run(
       NonFiniteLossError: as `train`, and if the final parameters are not finite.
     """
     dataset = problem.dataset
-    algorithm = lsgd.local_sgd(
-        logistic.loss_fn(dataset), config.optimizer, rule=lsgd.average()
-    )
+    algorithm = lsgd.local_sgd(logistic.loss_fn(dataset), config.optimizer)
     cluster = lsgd.on_mesh(algorithm, config.mesh, workers=config.workers)
 
     def suboptimality(x: jax.Array | np.ndarray) -> dict:

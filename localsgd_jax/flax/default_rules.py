@@ -1,14 +1,11 @@
 """Default synchronisation rules for the fields of Flax train states."""
 
-from collections.abc import Mapping
-
 import jax
 
 from localsgd_jax.core import train_state
+from localsgd_jax.core.algorithm import Rules, rules_by_field
 from localsgd_jax.core.types import PyTree, SyncRule
 from localsgd_jax.rules.batch_statistics import merge_batch_stats
-
-Rules = SyncRule | Mapping[str, SyncRule]
 
 
 def add_default_rules(state: PyTree, rule: Rules) -> dict[str, SyncRule]:
@@ -18,12 +15,12 @@ def add_default_rules(state: PyTree, rule: Rules) -> dict[str, SyncRule]:
 
     Args:
       state: train state of one worker.
-      rule: rule for `params`, or a dict from field to rule.
+      rule: rule for `params`, or a dict from field to rule; None for `average()`.
 
     Returns:
       A dict from field to rule.
     """
-    rules = dict(rule) if isinstance(rule, Mapping) else {"params": rule}
+    rules = rules_by_field(rule)
     if "batch_stats" in train_state.field_names(state):
         fields = train_state.get_fields(state, ["batch_stats"])
         if jax.tree.leaves(fields):

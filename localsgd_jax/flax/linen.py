@@ -6,20 +6,20 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
-from localsgd_jax.core.algorithm import from_train_step
+from localsgd_jax.core.algorithm import Rules, from_train_step
 from localsgd_jax.core.prng_keys import forbid_raw_keys
 from localsgd_jax.core.types import Algorithm, PyTree
-from localsgd_jax.flax.default_rules import Rules, add_default_rules
+from localsgd_jax.flax.default_rules import add_default_rules
 
 
 def from_linen(
-    train_step: Callable, train_state: PyTree, rule: Rules
+    train_step: Callable, train_state: PyTree, rule: Rules = None
 ) -> tuple[Algorithm, PyTree]:
     """Converts a linen training step to a Local SGD algorithm.
 
     Default rule of each field, unless overridden by `rule`:
 
-    - `params`: the given rule.
+    - `params`: the given rule, or the mean.
     - `batch_stats`, if present: merged by `merge_batch_stats()`.
     - all other fields, such as `opt_state` and `step`: not synchronised.
     - typed PRNG keys in any field: different for each worker. Folded with `step` they
@@ -30,7 +30,7 @@ def from_linen(
         for one worker, with any result that `from_train_step` accepts; metrics may be
         a scalar loss or a dict.
       train_state: a Flax `TrainState` or an instance of a subclass.
-      rule: rule for `params`, or a dict from field to rule.
+      rule: rule for `params`, or a dict from field to rule; None for `average()`.
 
     Returns:
       An algorithm for `simulate` or `on_mesh`, and the train state for its `init`.
@@ -56,7 +56,7 @@ def from_linen(
       ...         return jnp.mean(state.apply_fn({"params": params}, batch) ** 2)
       ...     loss, grads = jax.value_and_grad(loss_fn)(state.params)
       ...     return state.apply_gradients(grads=grads), loss
-      >>> algorithm, start = from_linen(train_step, start, lsgd.average())
+      >>> algorithm, start = from_linen(train_step, start)
       >>> cluster = lsgd.simulate(algorithm, workers=4)
       >>> state, loss = cluster.step(cluster.init(start), jnp.ones((4, 2, 3)))
       >>> lsgd.consensus(cluster.sync(state), None).params["kernel"].shape

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import jax
 
-from localsgd_jax.core.algorithm import from_train_step
+from localsgd_jax.core.algorithm import Rules, from_train_step
 from localsgd_jax.core.prng_keys import forbid_raw_keys
 from localsgd_jax.core.types import Algorithm, PyTree, SyncRule
-from localsgd_jax.flax.default_rules import Rules, add_default_rules
+from localsgd_jax.flax.default_rules import add_default_rules
 from localsgd_jax.flax.nnx_metrics import NnxMetrics, metric_kinds
 
 
@@ -38,7 +38,7 @@ class NnxTrainState(NamedTuple):
 def from_nnx(
     train_step: Callable,
     *objects: Any,
-    rule: Rules,
+    rule: Rules = None,
     wrt: Any = None,
     batch_argnum: int | None = None,
 ) -> tuple[Algorithm, NnxTrainState]:
@@ -47,7 +47,7 @@ def from_nnx(
     The fields are those of `NnxTrainState`. Default rule of each field, unless
     overridden by `rule`:
 
-    - `params`: the given rule.
+    - `params`: the given rule, or the mean.
     - `batch_stats`, if present: merged by `merge_batch_stats()`.
     - `opt_state`, `metrics` and `other`: not synchronised. `consensus` merges metrics.
     - PRNG keys of `nnx.Rngs`, which are in `other`: different for each worker; a
@@ -61,7 +61,8 @@ def from_nnx(
         updates the objects in place.
       *objects: models in training mode, optimizers, metrics and `nnx.Rngs`, in the
         order of the arguments of `train_step`.
-      rule: rule for `params`, or a dict from field to rule.
+      rule: rule for `params`, or a dict from field to rule; None for
+        `average()`.
       wrt: filter of the variables in `params`; by default the filters of all
         `nnx.Optimizer` objects, or `nnx.Param` if there are none.
       batch_argnum: position of the batch among the arguments of `train_step`; None for
@@ -88,7 +89,7 @@ def from_nnx(
       ...     loss, grads = nnx.value_and_grad(lambda m: jnp.mean(m(batch) ** 2))(model)
       ...     optimizer.update(model, grads)
       ...     return loss
-      >>> algorithm, start = from_nnx(train_step, model, optimizer, rule=lsgd.average())
+      >>> algorithm, start = from_nnx(train_step, model, optimizer)
       >>> cluster = lsgd.simulate(algorithm, workers=4)
       >>> state, loss = cluster.step(cluster.init(start), jnp.ones((4, 2, 3)))
       >>> update_nnx(lsgd.consensus(cluster.sync(state), None), model, optimizer)
@@ -132,7 +133,7 @@ def update_nnx(state: NnxTrainState, *objects: Any) -> None:
       >>> model = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
       >>> optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
       >>> step = lambda model, optimizer, batch: 0.0
-      >>> _, start = from_nnx(step, model, optimizer, rule=lsgd.average())
+      >>> _, start = from_nnx(step, model, optimizer)
       >>> update_nnx(start, model, optimizer)
     """
     nnx = _import_nnx("update_nnx")

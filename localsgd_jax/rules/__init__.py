@@ -1,6 +1,6 @@
 """Synchronisation rules, one family per module."""
 
-from localsgd_jax.rules.averaging import average
+from localsgd_jax.core.averaging import average
 from localsgd_jax.rules.batch_statistics import merge_batch_stats, recompute_batch_stats
 from localsgd_jax.rules.combinators import chain, identity, when
 from localsgd_jax.rules.compression import cast, quantize, scaled_sign, top_k

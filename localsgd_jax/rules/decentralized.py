@@ -7,11 +7,11 @@ import jax.numpy as jnp
 from optax.tree_utils import tree_cast_like
 
 from localsgd_jax.core import collectives
+from localsgd_jax.core.averaging import check_inexact
 from localsgd_jax.core.call_names import call_name
 from localsgd_jax.core.pytrees import promote, where
 from localsgd_jax.core.types import PyTree, RuleState, SyncContext, SyncRule
 from localsgd_jax.core.validation import check
-from localsgd_jax.rules.averaging import check_inexact
 
 TOPOLOGIES = ("ring", "exponential", "one-peer")
 

@@ -9,6 +9,7 @@ import optax
 from optax.tree_utils import tree_get_all_with_path
 
 from localsgd_jax.core import collectives
+from localsgd_jax.core.averaging import check_inexact
 from localsgd_jax.core.call_names import call_name
 from localsgd_jax.core.pieces import Piece, sum_over_vectors
 from localsgd_jax.core.pytrees import promote, split_rows, where
@@ -20,7 +21,6 @@ from localsgd_jax.core.types import (
     SyncRule,
 )
 from localsgd_jax.core.validation import check_rule
-from localsgd_jax.rules.averaging import check_inexact
 
 MOMENTUM_FIELDS = ("trace", "mu")  # names in the optax states of SGD and Adam
 

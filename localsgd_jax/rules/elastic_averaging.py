@@ -4,11 +4,11 @@ import jax
 from optax.tree_utils import tree_cast_like
 
 from localsgd_jax.core import collectives
+from localsgd_jax.core.averaging import check_inexact
 from localsgd_jax.core.call_names import call_name
 from localsgd_jax.core.pytrees import promote, where
 from localsgd_jax.core.types import PyTree, RuleState, SyncContext, SyncRule
 from localsgd_jax.core.validation import check_rule, check_unit_interval
-from localsgd_jax.rules.averaging import check_inexact
 
 
 def elastic_average(alpha: float = 0.1, beta: float = 0.9) -> SyncRule:

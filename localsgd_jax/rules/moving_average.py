@@ -5,11 +5,11 @@ from typing import NamedTuple
 import jax
 
 from localsgd_jax.core import collectives
+from localsgd_jax.core.averaging import check_inexact
 from localsgd_jax.core.call_names import call_name
 from localsgd_jax.core.pytrees import promote, where
 from localsgd_jax.core.types import PyTree, RuleState, SyncContext, SyncRule
 from localsgd_jax.core.validation import check, check_rule
-from localsgd_jax.rules.averaging import check_inexact
 
 
 class EmaState(NamedTuple):

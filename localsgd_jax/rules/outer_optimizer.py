@@ -10,11 +10,11 @@ import optax
 from optax.tree_utils import tree_cast_like
 
 from localsgd_jax.core import collectives
+from localsgd_jax.core.averaging import average, check_inexact
 from localsgd_jax.core.call_names import call_name
 from localsgd_jax.core.pytrees import promote, where
 from localsgd_jax.core.types import PyTree, RuleState, SyncContext, SyncRule
 from localsgd_jax.core.validation import check, check_rule
-from localsgd_jax.rules.averaging import average, check_inexact
 
 LearningRate = float | Callable[[jax.typing.ArrayLike], jax.typing.ArrayLike]
 

@@ -4,11 +4,11 @@ from collections.abc import Callable, Mapping
 
 import jax
 
+from localsgd_jax.core.averaging import average
 from localsgd_jax.core.call_names import call_name
 from localsgd_jax.core.pieces import with_specs
 from localsgd_jax.core.types import PyTree, RuleState, SyncContext, SyncRule
 from localsgd_jax.core.validation import check, check_int, check_rule
-from localsgd_jax.rules.averaging import average
 from localsgd_jax.rules.combinators import identity, when
 from localsgd_jax.schedules import every
 

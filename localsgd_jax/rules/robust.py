@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from localsgd_jax.core import collectives
+from localsgd_jax.core.averaging import check_inexact
 from localsgd_jax.core.call_names import call_name
 from localsgd_jax.core.pieces import Piece, map_vectors
 from localsgd_jax.core.pytrees import join_rows, promote, split_rows, where
@@ -19,7 +20,6 @@ from localsgd_jax.core.types import (
     SyncRule,
 )
 from localsgd_jax.core.validation import check, check_rule
-from localsgd_jax.rules.averaging import check_inexact
 
 
 class OutlierState(NamedTuple):

@@ -6,12 +6,12 @@ from jax.sharding import PartitionSpec as P
 from optax.tree_utils import tree_cast_like
 
 from localsgd_jax.core import collectives
+from localsgd_jax.core.averaging import check_inexact
 from localsgd_jax.core.call_names import call_name
 from localsgd_jax.core.pieces import concatenate, on_pieces, split, with_specs
 from localsgd_jax.core.pytrees import join_rows, promote, split_rows, where
 from localsgd_jax.core.types import PerWorker, PyTree, RuleState, SyncContext, SyncRule
 from localsgd_jax.core.validation import check_int, check_rule
-from localsgd_jax.rules.averaging import check_inexact
 
 
 def shard_state(rule: SyncRule, workers: int) -> SyncRule:

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import optax
 
 from localsgd_jax.core import collectives
+from localsgd_jax.core.averaging import average
 from localsgd_jax.core.call_names import call_name
 from localsgd_jax.core.pieces import Piece
 from localsgd_jax.core.pytrees import join_rows, split_rows
 from localsgd_jax.core.types import SyncRule
 from localsgd_jax.core.validation import check, check_int, check_unit_interval
-from localsgd_jax.rules.averaging import average
 from localsgd_jax.rules.error_feedback import (
     check_mean,
     compressed_mean,

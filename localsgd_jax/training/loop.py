@@ -111,8 +111,7 @@ def train(
     Example:
       >>> import jax.numpy as jnp, optax
       >>> import localsgd_jax as lsgd
-      >>> algorithm = lsgd.local_sgd(lambda w, b: (w - b) ** 2, optax.sgd(0.5),
-      ...                            rule=lsgd.average())
+      >>> algorithm = lsgd.local_sgd(lambda w, b: (w - b) ** 2, optax.sgd(0.5))
       >>> cluster = lsgd.simulate(algorithm, workers=2)
       >>> state = cluster.init(jnp.zeros(()))
       >>> batches = [jnp.array([1.0, 3.0])] * 5

@@ -74,8 +74,7 @@ def context_of(state: State) -> RunContext:
     Example:
       >>> import jax.numpy as jnp, optax
       >>> import localsgd_jax as lsgd
-      >>> algorithm = lsgd.local_sgd(lambda w, b: (w - b) ** 2, optax.sgd(0.5),
-      ...                            rule=lsgd.average())
+      >>> algorithm = lsgd.local_sgd(lambda w, b: (w - b) ** 2, optax.sgd(0.5))
       >>> context_of(lsgd.simulate(algorithm, workers=2).init(jnp.zeros(())))
       RunContext(processes=[0], is_primary=True, step=0, round=0)
     """

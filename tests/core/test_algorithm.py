@@ -33,6 +33,23 @@ def keep_state(state, batch):
     return state, batch
 
 
+def test_the_default_rule_is_the_mean():
+    def step(state, batch):
+        return {"params": state["params"] - batch}, {}
+
+    makers = {
+        "local_sgd": lambda: lsgd.local_sgd(lambda w, b: w * b, optax.sgd(1.0)),
+        "from_train_step": lambda: lsgd.from_train_step(step),
+    }
+    for name, make in makers.items():
+        made = make()
+        assert made.rule_names == {"params": "average()"}, name
+        cluster = lsgd.simulate(made, workers=2)
+        start = 0.0 if name == "local_sgd" else {"params": 0.0}
+        state, _ = cluster.step(cluster.init(start), np.array([1.0, 3.0]))
+        assert float(lsgd.consensus(cluster.sync(state))) == -2
+
+
 def test_auxiliary_output_has_a_row_per_worker():
     def loss_fn(w, batch):
         return (w - batch) ** 2, {"twice": 2 * batch}

@@ -181,9 +181,9 @@ def test_default_rules_per_field(kind):
     """Parameters and statistics are synchronised; moments and counts are not."""
     tx = optax.adam(0.01)
     made, start = (
-        from_linen(linen_step, linen_state(LinenCnn(), tx), lsgd.average())
+        from_linen(linen_step, linen_state(LinenCnn(), tx))
         if kind == "linen"
-        else from_nnx(nnx_step, *model_and_optimizer(tx), rule=lsgd.average())
+        else from_nnx(nnx_step, *model_and_optimizer(tx))
     )
     cluster = lsgd.simulate(made, K)
     state, _ = train(cluster, start, make_batches(3), every=9)

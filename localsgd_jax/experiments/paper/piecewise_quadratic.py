@@ -102,7 +102,7 @@ def _local_sgd(workers: int, a: jax.Array) -> tuple:
     def rate(count: Any) -> Any:
         return 4 / (MU * (a + count))
 
-    algorithm = lsgd.local_sgd(loss, optax.sgd(rate), lsgd.average())
+    algorithm = lsgd.local_sgd(loss, optax.sgd(rate))
     # Weights relative to the first one keep float32 sums in range.
     average = theory.running_average(lambda step: (1 + step / a) ** 2)
     return lsgd.simulate(algorithm, workers), average

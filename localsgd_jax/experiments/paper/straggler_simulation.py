@@ -303,7 +303,7 @@ def _algorithm(problem: StragglerProblem, examples: Examples) -> lsgd.Algorithm:
         return jnp.sum(jax.vmap(loss, (0, None))(rows, batch))
 
     optimizer = per_row_sgd(problem.sizes, problem.dataset.examples)
-    return lsgd.local_sgd(losses, optimizer, lsgd.average())
+    return lsgd.local_sgd(losses, optimizer)
 
 
 def _initial_params(problem: StragglerProblem) -> jax.Array:

@@ -100,7 +100,7 @@ MUTANTS = {
         "rules/test_combinators.py -k when",
     ),
     "omits one leaf": Mutant(
-        "rules/averaging.py",
+        "core/averaging.py",
         "return where(any_active, mean, tree), state",
         "leaves, structure = jax.tree.flatten(where(any_active, mean, tree))\n"
         "        leaves[-1] = jax.tree.leaves(tree)[-1]\n"
@@ -108,7 +108,7 @@ MUTANTS = {
         "rules/test_invariants.py -k workers_are_equal",
     ),
     "returns the empty mean": Mutant(
-        "rules/averaging.py",
+        "core/averaging.py",
         "return where(any_active, mean, tree), state",
         "return mean, state",
         "rules/test_invariants.py -k all_zero_weights",

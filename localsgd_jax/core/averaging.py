@@ -37,7 +37,7 @@ def average(axis: collectives.Axis = None) -> SyncRule:
       >>> import jax.numpy as jnp, optax
       >>> import localsgd_jax as lsgd
       >>> loss = lambda w, target: jnp.sum((w - target) ** 2)
-      >>> algorithm = lsgd.local_sgd(loss, optax.sgd(0.5), rule=lsgd.average())
+      >>> algorithm = lsgd.local_sgd(loss, optax.sgd(0.5))
       >>> cluster = lsgd.simulate(algorithm, workers=2)
       >>> state, _ = cluster.step(cluster.init(jnp.zeros(())), jnp.array([1.0, 3.0]))
       >>> state.workers.params, cluster.sync(state).workers.params

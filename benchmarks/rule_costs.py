@@ -90,6 +90,7 @@ ROWS = {
     "median()": Row(lambda: lsgd.median()),
     "trimmed_mean(0.25)": Row(lambda: lsgd.trimmed_mean(0.25)),
     "drop_outliers(diloco())": Row(lambda: lsgd.drop_outliers(lsgd.diloco())),
+    "control_variates(0.1, 8)": Row(lambda: lsgd.control_variates(0.1, 8)),
     'gossip("ring")': Row(lambda: lsgd.gossip("ring")),
     'gossip("exponential")': Row(lambda: lsgd.gossip("exponential")),
     'gossip("one-peer")': Row(lambda: lsgd.gossip("one-peer"), 3),
@@ -144,7 +145,7 @@ def measure(size: int, leaves: int, repeats: int, names: list[str]) -> list[dict
                 "MB": mean_bytes_sent(cluster, state, ROWS[name].rounds_per_cycle)
                 / 1e6,
                 "shared": _bytes(state.shared) / payload,
-                "local": _bytes(state.local) / WORKERS / payload,
+                "local": _local_bytes(state) / WORKERS / payload,
                 "seconds": seconds,
                 "ratio": seconds / base_seconds,
             }
@@ -157,8 +158,9 @@ def measure(size: int, leaves: int, repeats: int, names: list[str]) -> list[dict
 def _compile_sync(rule: lsgd.SyncRule, params: dict) -> tuple:
     """Returns the cluster of a rule, a state, and its compiled synchronisation."""
     cluster = make_cluster(rule)
-    start = {"params": params, "opt_state": optax.adam(1e-3).init(params)}
-    fields = {"params", *cluster.algorithm.rule_names}
+    optimizer = optax.adam(1e-3)
+    start = {"params": params, "correction": params, "opt_state": optimizer.init(params)}
+    fields = {"params", *", ".join(cluster.algorithm.rule_names).split(", ")}
     state = cluster.init({name: start[name] for name in sorted(fields)})
     sync = jax.jit(cluster.sync, donate_argnums=0)
     return cluster, jax.block_until_ready(sync(state)), sync
@@ -174,6 +176,12 @@ def _median_seconds(
         state = jax.block_until_ready(sync(state))
         seconds.append(time.perf_counter() - start)
     return state, float(np.median(seconds))
+
+
+def _local_bytes(state: lsgd.State) -> int:
+    """Returns the bytes of per-worker state besides the parameters."""
+    fields = {k: v for k, v in state.workers.items() if k != "params"}
+    return _bytes((state.local, fields))
 
 
 def _bytes(tree) -> int:

@@ -5,7 +5,12 @@ from localsgd_jax.analysis import (
     assert_no_collectives,
     collective_ops,
 )
-from localsgd_jax.core.algorithm import WorkerState, from_train_step, local_sgd
+from localsgd_jax.core.algorithm import (
+    CorrectedWorkerState,
+    WorkerState,
+    from_train_step,
+    local_sgd,
+)
 from localsgd_jax.core.axis_binding import bind_axis
 from localsgd_jax.core.types import (
     Algorithm,
@@ -31,6 +36,7 @@ from localsgd_jax.rules import (
     chain,
     chunked_top_k,
     clip_to_median_norm,
+    control_variates,
     delay,
     desloc,
     diloco,
@@ -95,6 +101,7 @@ __all__ = [
     "Algorithm",
     "Cluster",
     "CoordinationError",
+    "CorrectedWorkerState",
     "NonFiniteLossError",
     "RuleState",
     "Schedule",
@@ -112,6 +119,7 @@ __all__ = [
     "chain",
     "collective_ops",
     "consensus",
+    "control_variates",
     "delay",
     "desloc",
     "diloco",

@@ -6,15 +6,18 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from optax.tree_utils import tree_cast_like
 
 from localsgd_jax.core import train_state
 from localsgd_jax.core.averaging import average
 from localsgd_jax.core.pieces import infer_specs, with_specs
 from localsgd_jax.core.prng_keys import forbid_raw_keys
+from localsgd_jax.core.pytrees import promote
 from localsgd_jax.core.types import Algorithm, PyTree, RuleState, SyncContext, SyncRule
-from localsgd_jax.core.validation import check_rule
+from localsgd_jax.core.validation import check, check_rule
 
-Rules = SyncRule | Mapping[str, SyncRule] | None
+Fields = str | tuple[str, ...]
+Rules = SyncRule | Mapping[Fields, SyncRule] | Mapping[str, SyncRule] | None
 
 
 class WorkerState(NamedTuple):
@@ -27,6 +30,20 @@ class WorkerState(NamedTuple):
 
     params: PyTree
     opt_state: PyTree
+
+
+class CorrectedWorkerState(NamedTuple):
+    """Train state of one worker of `local_sgd` with `control_variates`.
+
+    Attributes:
+      params: parameters xₖ.
+      opt_state: state of the inner optimizer.
+      correction: mₖ, added to gradients, in float32 at least.
+    """
+
+    params: PyTree
+    opt_state: PyTree
+    correction: PyTree
 
 
 def local_sgd(
@@ -45,14 +62,16 @@ def local_sgd(
         x₁, …, x_K ← rule(x₁, …, x_K)
 
     Optimizers with extra arguments, such as `optax.lbfgs` and `optax.polyak_sgd`,
-    receive `value`, `grad` and `value_fn`.
+    receive `value`, `grad` and `value_fn`. With a rule for the field "correction",
+    such as `control_variates`, the train state has this field, and local steps add it
+    to gradients.
 
     Args:
       loss_fn: `loss_fn(params, batch)` returns a scalar, or with `has_aux` a pair of a
         scalar and any pytree.
       optimizer: any optax optimizer; by default its state is not synchronised.
-      rule: rule for the parameters, or a dict of rules for "params" and "opt_state";
-        None for `average()`.
+      rule: rule for the parameters, or a dict of rules for "params" and "opt_state"; a
+        tuple of fields has one rule for all of them; None for `average()`.
       has_aux: as in `jax.value_and_grad`.
 
     Returns:
@@ -84,6 +103,8 @@ def local_sgd(
             f"optax.sgd(0.1); got {optimizer!r}"
         )
     optimizer = optax.with_extra_args_support(optimizer)
+    rules = rules_by_field(rule)
+    is_corrected = any("correction" in _names(fields) for fields in rules)
 
     def scalar_loss(params: PyTree, batch: PyTree) -> tuple[jax.Array, PyTree]:
         result = loss_fn(params, batch)
@@ -94,9 +115,11 @@ def local_sgd(
         )
         return _check_scalar_loss(loss), aux
 
-    def train_step(worker: WorkerState, batch: PyTree) -> tuple[WorkerState, PyTree]:
-        params, opt_state = worker
+    def train_step(worker: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
+        params, opt_state, *correction = worker
         (loss, aux), grad = jax.value_and_grad(scalar_loss, has_aux=True)(params, batch)
+        if is_corrected:
+            grad = tree_cast_like(optax.tree_utils.tree_add(grad, *correction), grad)
         updates, opt_state = optimizer.update(
             grad,
             opt_state,
@@ -106,14 +129,16 @@ def local_sgd(
             value_fn=lambda params: scalar_loss(params, batch)[0],
         )
         metrics = {"loss": loss, "aux": aux} if has_aux else {"loss": loss}
-        return WorkerState(optax.apply_updates(params, updates), opt_state), metrics
+        new_params = optax.apply_updates(params, updates)
+        return worker._replace(params=new_params, opt_state=opt_state), metrics
 
-    algorithm = from_train_step(train_step, rule)
+    algorithm = from_train_step(train_step, rules)
 
-    def init(
-        params: PyTree, specs: PyTree | None = None
-    ) -> tuple[WorkerState, RuleState]:
+    def init(params: PyTree, specs: PyTree | None = None) -> tuple[PyTree, RuleState]:
         worker = WorkerState(params, optimizer.init(params))
+        if is_corrected:
+            zeros = jax.tree.map(jnp.zeros_like, promote(params))
+            worker = CorrectedWorkerState(*worker, zeros)
         return algorithm.init(worker, infer_specs(worker, params, specs))
 
     return algorithm._replace(init=init)
@@ -128,6 +153,8 @@ def from_train_step(train_step: Callable, rule: Rules = None) -> Algorithm:
         sₖ ← train_step(sₖ, ξ)
         sₖ.field ← rule[field](s₁.field, …, s_K.field)
 
+    A tuple of fields as a key has one rule, which receives a dict of their trees.
+
     Args:
       train_step: `train_step(train_state, batch) -> (train_state, metrics)`, written
         for one worker. It may also return the state only, or a tuple of the state and
@@ -137,8 +164,8 @@ def from_train_step(train_step: Callable, rule: Rules = None) -> Algorithm:
         becomes a different key for each worker. A raw `jax.random.PRNGKey` would be
         equal on all workers and is refused at `init`, except in the fields "params",
         "batch_stats" and "opt_state".
-      rule: a dict from field to rule; a bare rule is the rule of "params"; None for
-        `average()`.
+      rule: a dict from field, or tuple of fields, to rule; a bare rule is the rule of
+        its `fields`, "params" by default; None for `average()`.
 
     Returns:
       An algorithm; its `init` takes a train state.
@@ -146,7 +173,7 @@ def from_train_step(train_step: Callable, rule: Rules = None) -> Algorithm:
     Raises:
       TypeError: if an argument has the wrong type; when traced, if the step returns a
         state of another structure, shape or dtype.
-      ValueError: at `init`, if the state lacks a field.
+      ValueError: if a field has several rules; at `init`, if the state lacks a field.
 
     Example:
       >>> def train_step(state, batch):
@@ -162,12 +189,18 @@ def from_train_step(train_step: Callable, rule: Rules = None) -> Algorithm:
     rules = rules_by_field(rule)
     for field, field_rule in rules.items():
         check_rule(f"rule for the field {field!r}", field_rule)
+    fields = [name for field in rules for name in _names(field)]
+    repeated = sorted({name for name in fields if fields.count(name) > 1})
+    text = "each field must have one rule"
+    check(not repeated, "from_train_step(rule)", text, repeated)
 
     def init(worker: PyTree, specs: PyTree | None = None) -> tuple[PyTree, RuleState]:
         forbid_raw_keys("init(train_state)", worker)
         trees, tree_specs = _fields(worker, rules), _fields(specs, rules)
         states = {
-            field: _init_rule(rules[field], field, trees[field], tree_specs[field])
+            _label(field): _init_rule(
+                rules[field], field, trees[field], tree_specs[field]
+            )
             for field in rules
         }
         return worker, _transpose_rule_states(states)
@@ -184,7 +217,8 @@ def from_train_step(train_step: Callable, rule: Rules = None) -> Algorithm:
         trees, states = {}, {}
         specs = _fields(context.specs, rules)
         for field, tree in _fields(worker, rules).items():
-            field_state = RuleState(state.shared[field], state.local[field])
+            label = _label(field)
+            field_state = RuleState(state.shared[label], state.local[label])
             call = f"rule for the field {field!r}"
             field_context = context._replace(specs=specs[field])
             result = rules[field].apply(tree, field_state, field_context)
@@ -193,10 +227,11 @@ def from_train_step(train_step: Callable, rule: Rules = None) -> Algorithm:
             )
             _check_same_structure(call, "tree", tree, new_tree)
             _check_same_structure(call, "RuleState", field_state, new_state)
-            trees[field], states[field] = new_tree, new_state
+            trees |= {field: new_tree} if isinstance(field, str) else new_tree
+            states[label] = new_state
         return train_state.replace_fields(worker, trees), _transpose_rule_states(states)
 
-    names = {field: rule.name for field, rule in rules.items()}
+    names = {_label(field): rule.name for field, rule in rules.items()}
     return Algorithm(init, step, sync, names)
 
 
@@ -233,11 +268,22 @@ def _metrics_of(values: list) -> PyTree:
     return values[0] if len(values) == 1 else tuple(values)
 
 
-def rules_by_field(rule: Rules) -> dict[str, SyncRule]:
+def rules_by_field(rule: Rules) -> dict[Fields, SyncRule]:
     """Returns the rule of each field; `average()` for "params" by default."""
     if isinstance(rule, Mapping):
-        return dict(rule)
-    return {"params": average() if rule is None else rule}
+        return {fields: field_rule for fields, field_rule in rule.items()}
+    rule = average() if rule is None else rule
+    return {getattr(rule, "fields", "params"): rule}
+
+
+def _names(field: Fields) -> tuple[str, ...]:
+    """Returns the fields of a key in a dict of rules."""
+    return (field,) if isinstance(field, str) else field
+
+
+def _label(field: Fields) -> str:
+    """Returns the key of the rule state of a field, or of several fields."""
+    return ", ".join(_names(field))
 
 
 def _transpose_rule_states(states: Mapping[str, RuleState]) -> RuleState:
@@ -248,15 +294,20 @@ def _transpose_rule_states(states: Mapping[str, RuleState]) -> RuleState:
     )
 
 
-def _fields(worker: PyTree | None, rules: Mapping) -> Mapping[str, PyTree]:
-    """Returns the fields that have rules; None for each without a train state."""
+def _fields(worker: PyTree | None, rules: Mapping) -> Mapping[Fields, PyTree]:
+    """Returns the trees that have rules; None for each without a train state."""
     if worker is None:
         return dict.fromkeys(rules)
-    return train_state.get_fields(worker, rules)
+    return {
+        field: train_state.get_fields(worker, [field])[field]
+        if isinstance(field, str)
+        else train_state.get_fields(worker, field)
+        for field in rules
+    }
 
 
 def _init_rule(
-    rule: SyncRule, field: str, tree: PyTree, specs: PyTree | None
+    rule: SyncRule, field: Fields, tree: PyTree, specs: PyTree | None
 ) -> RuleState:
     """Initialises the rule of a field; errors name the field."""
     call = f"rule for the field {field!r}"

@@ -134,12 +134,15 @@ class SyncRule:
       name: the call that made the rule, with its arguments. Processes of one job and
         checkpoints of one run must have equal names. The default,
         `custom(<name of apply>)`, holds no arguments.
+      fields: field of the train state to which the rule applies outside a dict of
+        rules; of several fields it receives a dict of their trees.
     """
 
     init: Callable[..., RuleState]
     apply: Callable[[PyTree, RuleState, SyncContext], tuple[PyTree, RuleState]]
     mean_axes: tuple[str, ...] | None = None
     name: str = ""
+    fields: str | tuple[str, ...] = "params"
 
     def __post_init__(self) -> None:
         """Sets the default name."""

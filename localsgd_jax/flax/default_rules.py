@@ -3,12 +3,12 @@
 import jax
 
 from localsgd_jax.core import train_state
-from localsgd_jax.core.algorithm import Rules, rules_by_field
+from localsgd_jax.core.algorithm import Fields, Rules, rules_by_field
 from localsgd_jax.core.types import PyTree, SyncRule
 from localsgd_jax.rules.batch_statistics import merge_batch_stats
 
 
-def add_default_rules(state: PyTree, rule: Rules) -> dict[str, SyncRule]:
+def add_default_rules(state: PyTree, rule: Rules) -> dict[Fields, SyncRule]:
     """Adds the default rule for batch statistics.
 
     It is added if the state has batch statistics and `rule` has no rule for them.

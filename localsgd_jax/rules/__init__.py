@@ -28,6 +28,7 @@ from localsgd_jax.rules.robust import drop_outliers, median, trimmed_mean
 from localsgd_jax.rules.sharded import shard_state
 from localsgd_jax.rules.sparse import chunked_top_k, sparseloco
 from localsgd_jax.rules.streaming import fragment
+from localsgd_jax.rules.variance_reduction import control_variates
 
 __all__ = [
     "snoo",
@@ -39,6 +40,7 @@ __all__ = [
     "average",
     "cast",
     "chain",
+    "control_variates",
     "delay",
     "desloc",
     "diloco",

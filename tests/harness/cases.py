@@ -238,6 +238,8 @@ RULES = {
         reaches_consensus=False,
         placements=FEW_PLACEMENTS,
     ),
+    # The step size includes the momentum of the inner optimizer, 0.05 / (1 − 0.9).
+    "control_variates": Case(lsgd.control_variates(0.5, 3), placements=FEW_PLACEMENTS),
     "gossip_ring": Case(
         lsgd.gossip("ring"),
         reaches_consensus=False,

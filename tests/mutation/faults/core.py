@@ -3,6 +3,12 @@
 from mutation.mutant import Mutant
 
 MUTANTS = {
+    "adds no correction to gradients": Mutant(
+        "core/algorithm.py",
+        "if is_corrected:\n            grad",
+        "if False:\n            grad",
+        "rules/test_variance_reduction.py -k hand",
+    ),
     "ignores the weights of a mean": Mutant(
         "core/collectives.py",
         "x * weight.astype(x.dtype), 0",

@@ -57,6 +57,18 @@ MUTANTS = {
         '"second_moment": first_moment}',
         "rules/test_partitioning.py -k own_rounds",
     ),
+    "corrects gradients in the wrong direction": Mutant(
+        "rules/variance_reduction.py",
+        "x.astype(dtype) - x_mean.astype(dtype)",
+        "x_mean.astype(dtype) - x.astype(dtype)",
+        "rules/test_variance_reduction.py -k hand",
+    ),
+    "corrects inactive workers": Mutant(
+        "rules/variance_reduction.py",
+        "jnp.where(is_active, drift, 0)",
+        "drift",
+        "rules/test_variance_reduction.py -k numpy",
+    ),
     "omits the variance between the means": Mutant(
         "rules/batch_statistics.py",
         "promote(x) + d**2",

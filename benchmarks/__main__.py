@@ -29,8 +29,10 @@ CPU_BENCHMARKS = {
 }
 ACCELERATOR_BENCHMARKS = {"accelerator": "benchmarks.accelerator_lanes"}
 BENCHMARKS = CPU_BENCHMARKS | ACCELERATOR_BENCHMARKS
-# Programs for other machines: compiled here and not run; each with its own options.
-COMPILED_BENCHMARKS = {
+# Each with its own options.
+OWN_OPTIONS = {
+    "convergence": "benchmarks.convergence",
+    "mean_costs": "benchmarks.mean_costs",
     "pods": "benchmarks.pods.command",
     "sharded_rules": "benchmarks.sharded_rules",
 }
@@ -41,6 +43,8 @@ DESCRIPTIONS = {
     "prediction": "predicted over measured times of rounds",
     "baselines": "comparison with plain JAX, DrJAX, PyTorch, accelerate and torchft",
     "accelerator": "lanes of a GPT on one GPU or TPU",
+    "convergence": "held-out loss of DiLoCo and related algorithms",
+    "mean_costs": "means of many leaves and of fragments over a mean of one leaf",
     "pods": "memory, traffic and predicted times of a GPT on 32 to 512 TPU chips",
     "sharded_rules": "memory and traffic of each rule with 16 chips per worker",
 }
@@ -48,7 +52,6 @@ SCRIPTS = """
 other measurements, each with its own options:
 
     python -m benchmarks.slow_link              time to a loss over slow links (root)
-    python -m benchmarks.convergence            held-out loss of DiLoCo variants
     python -m benchmarks.rule_costs             bytes, state and time of every rule
     python -m benchmarks.simulation_throughput  simulated worker-steps per second
     python -m benchmarks.train_overhead         the training loop over a bare loop
@@ -57,7 +60,7 @@ other measurements, each with its own options:
 
 def load_module(name: str) -> Any:
     """Imports the module of a measurement."""
-    return importlib.import_module((BENCHMARKS | COMPILED_BENCHMARKS)[name])
+    return importlib.import_module((BENCHMARKS | OWN_OPTIONS)[name])
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -114,7 +117,7 @@ def num_threads(devices: int) -> int:
 
 def main() -> None:
     name, *arguments = sys.argv[1:] or [""]
-    if name in COMPILED_BENCHMARKS:
+    if name in OWN_OPTIONS:
         load_module(name).main(arguments)
         return
     options = parse_arguments()

@@ -158,8 +158,8 @@ def measure(size: int, leaves: int, repeats: int, names: list[str]) -> list[dict
 def _compile_sync(rule: lsgd.SyncRule, params: dict) -> tuple:
     """Returns the cluster of a rule, a state, and its compiled synchronisation."""
     cluster = make_cluster(rule)
-    optimizer = optax.adam(1e-3)
-    start = {"params": params, "correction": params, "opt_state": optimizer.init(params)}
+    start = {"params": params, "correction": params}
+    start |= {"opt_state": optax.adam(1e-3).init(params)}
     fields = {"params", *", ".join(cluster.algorithm.rule_names).split(", ")}
     state = cluster.init({name: start[name] for name in sorted(fields)})
     sync = jax.jit(cluster.sync, donate_argnums=0)

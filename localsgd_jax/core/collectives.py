@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from optax.tree_utils import tree_cast_like
 
+from localsgd_jax.core.buckets import map_buckets
 from localsgd_jax.core.pytrees import promote
 from localsgd_jax.core.types import PyTree, SyncContext, VmapAxis
 
@@ -51,13 +52,15 @@ def mean(
     promoted = promote(tree)
     if context.weight is None:
         count = size(context, axis)
-        averaged = jax.tree.map(lambda x: _psum(x, axis_names) / count, promoted)
+        summed = _psum_in_buckets(promoted, axis_names, context)
+        averaged = jax.tree.map(lambda x: x / count, summed)
         return tree_cast_like(averaged, tree), True
     weight = _group_weight(context.weight, context, axis)
     weighted = jax.tree.map(
         lambda x: jnp.where(weight > 0, x * weight.astype(x.dtype), 0), promoted
     )
-    summed, total = _psum((weighted, weight), axis_names)
+    summed = _psum_in_buckets(weighted, axis_names, context)
+    total = _psum(weight, axis_names)
     any_active = total > 0
     divisor = jnp.where(any_active, total, 1)
     averaged = jax.tree.map(lambda x: x / divisor.astype(x.dtype), summed)
@@ -316,11 +319,28 @@ def _group_weight(
 
 def _psum(tree: PyTree, axis_names: tuple[str, ...]) -> PyTree:
     """Sums over the lanes of each device, then over mesh axes."""
+    tree, mesh_axes = _psum_lanes(tree, axis_names)
+    return jax.lax.psum(tree, mesh_axes) if mesh_axes else tree
+
+
+def _psum_in_buckets(
+    tree: PyTree, axis_names: tuple[str, ...], context: SyncContext
+) -> PyTree:
+    """Sums as `_psum`; over mesh axes small leaves are concatenated."""
+    tree, mesh_axes = _psum_lanes(tree, axis_names)
+    if not mesh_axes:
+        return tree
+    return map_buckets(lambda tree: jax.lax.psum(tree, mesh_axes), tree, context)
+
+
+def _psum_lanes(
+    tree: PyTree, axis_names: tuple[str, ...]
+) -> tuple[PyTree, tuple[str, ...]]:
+    """Sums over the lanes of each device; returns the sum and the mesh axes."""
     vmap_axes = [name for name in axis_names if isinstance(name, VmapAxis)]
-    mesh_axes = [name for name in axis_names if not isinstance(name, VmapAxis)]
     for name in vmap_axes:
         tree = jax.tree.map(partial(_psum_vmapped, name), tree)
-    return jax.lax.psum(tree, mesh_axes) if mesh_axes else tree
+    return tree, tuple(name for name in axis_names if name not in vmap_axes)
 
 
 def _psum_vmapped(name: str, x: jax.Array) -> jax.Array:

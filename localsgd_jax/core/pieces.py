@@ -129,7 +129,7 @@ def concatenate(tree: PyTree, context: SyncContext) -> tuple[dict, dict | None]:
     """
     leaves = list(map(jnp.asarray, jax.tree.leaves(tree)))
     vectors, vector_specs = {}, {}
-    for name, (axes, indices) in _named_groups(leaves, context.specs).items():
+    for name, (axes, indices) in group_leaves(leaves, context.specs).items():
         vector_specs[name] = vector_spec(axes)
         vectors[name] = on_pieces(
             lambda _, pieces: jnp.concatenate([x.reshape(-1) for x in pieces]),
@@ -153,7 +153,7 @@ def split(vectors: Mapping[str, jax.Array], tree: PyTree, context: SyncContext):
     """
     leaves, structure = jax.tree.flatten(tree)
     arrays = list(map(jnp.asarray, leaves))
-    for name, (axes, indices) in _named_groups(arrays, context.specs).items():
+    for name, (axes, indices) in group_leaves(arrays, context.specs).items():
         specs = _select_specs(context.specs, indices)
         new = on_pieces(
             lambda _, vector, like: unravel(vector, like),
@@ -342,10 +342,18 @@ def _groups(specs: PyTree | None, count: int) -> dict[tuple[str, ...], list[int]
     return groups
 
 
-def _named_groups(
+def group_leaves(
     leaves: Sequence[jax.Array], specs: PyTree | None
 ) -> dict[str, tuple[tuple[str, ...], list[int]]]:
-    """Groups the indices of leaves by dtype and by the axes that shard them."""
+    """Groups the indices of leaves by dtype and by the axes that shard them.
+
+    Args:
+      leaves: arrays.
+      specs: `PartitionSpec` of each leaf, as a tree; None if leaves are not sharded.
+
+    Returns:
+      Axes and indices by name, such as "float32" and "float32 fsdp".
+    """
     groups = {}
     for axes, indices in _groups(specs, len(leaves)).items():
         for i in indices:

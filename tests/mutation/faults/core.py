@@ -3,6 +3,18 @@
 from mutation.mutant import Mutant
 
 MUTANTS = {
+    "mixes sharded and replicated leaves in a bucket": Mutant(
+        "core/buckets.py",
+        "for _, indices in group_leaves(leaves, specs).values()",
+        "for _, indices in group_leaves(leaves, None).values()",
+        "core/test_buckets.py -k stay_sharded",
+    ),
+    "exchanges the leaves of buckets": Mutant(
+        "core/buckets.py",
+        "for i, leaf in zip(group, split",
+        "for i, leaf in zip(group[::-1], split",
+        "core/test_buckets.py -k mean_of_each",
+    ),
     "adds no correction to gradients": Mutant(
         "core/algorithm.py",
         "if is_corrected:\n            grad",

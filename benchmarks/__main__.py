@@ -31,6 +31,7 @@ ACCELERATOR_BENCHMARKS = {"accelerator": "benchmarks.accelerator_lanes"}
 BENCHMARKS = CPU_BENCHMARKS | ACCELERATOR_BENCHMARKS
 # Each with its own options.
 OWN_OPTIONS = {
+    "control_variates": "benchmarks.control_variates",
     "convergence": "benchmarks.convergence",
     "mean_costs": "benchmarks.mean_costs",
     "pods": "benchmarks.pods.command",
@@ -43,6 +44,7 @@ DESCRIPTIONS = {
     "prediction": "predicted over measured times of rounds",
     "baselines": "comparison with plain JAX, DrJAX, PyTorch, accelerate and torchft",
     "accelerator": "lanes of a GPT on one GPU or TPU",
+    "control_variates": "control variates and local SGD on heterogeneous w8a shards",
     "convergence": "held-out loss of DiLoCo and related algorithms",
     "mean_costs": "means of many leaves and of fragments over a mean of one leaf",
     "pods": "memory, traffic and predicted times of a GPT on 32 to 512 TPU chips",

@@ -150,6 +150,13 @@ SNOO = {
     for name, inner in INNERS.items()
     for h in (8, 32)
 }
+SPARSE = {
+    "DiLoCo, H = 8": Method(lsgd.diloco, _every(8)),
+    "SparseLoCo, H = 8": Method(lsgd.sparseloco, _every(8)),
+    "SparseLoCo without decay, H = 8": Method(
+        partial(lsgd.sparseloco, decay=1.0), _every(8)
+    ),
+}
 CORRECTED = {
     f"{name}, H = {h}": Method(rule, _every(h), 4, sgd)
     for h in (8, 32)
@@ -245,5 +252,6 @@ STUDIES = {
     "mnist": Study(mnist, VARIANTS),
     "muon": Study(small_text, MUON),
     "snoo": Study(small_text, SNOO),
+    "sparse": Study(small_text, SPARSE),
     "corrected": Study(partial(small_text, in_parts=True), CORRECTED),
 }

@@ -51,7 +51,6 @@ MEANS = {
     "nothing": lsgd.identity,
     "leaf by leaf": leaf_by_leaf,
     "average()": lsgd.average,
-    "flatten(average())": lambda: lsgd.flatten(lsgd.average()),
 }
 
 
@@ -60,9 +59,9 @@ def compile_program(rule: lsgd.SyncRule, params: dict, count: int) -> tuple:
     cluster = make_cluster(rule)
 
     def several(state: lsgd.State) -> lsgd.State:
-        for _ in range(count):
-            state = jax.lax.optimization_barrier(cluster.sync(state))
-        return state
+        if count == 1:
+            return cluster.sync(state)
+        return jax.lax.fori_loop(0, count, lambda _, state: cluster.sync(state), state)
 
     state = cluster.init({"params": params})
     lowered = jax.jit(several, donate_argnums=0).lower(state)

@@ -21,6 +21,11 @@ from localsgd_jax.asynchronous.events import (
 )
 from localsgd_jax.asynchronous.nesterov import DelayedNesterov, delayed_nesterov
 from localsgd_jax.asynchronous.simulation import simulate
+from localsgd_jax.asynchronous.staleness import (
+    align_to_momentum,
+    aligned_nesterov,
+    cosine_gated_weighting,
+)
 from localsgd_jax.asynchronous.state import AsyncCluster, AsyncState
 from localsgd_jax.asynchronous.threads import on_threads, throughput
 from localsgd_jax.asynchronous.trajectory import SnapshotState, with_snapshots
@@ -34,7 +39,10 @@ __all__ = [
     "EventTrace",
     "SnapshotState",
     "UpdateContext",
+    "align_to_momentum",
+    "aligned_nesterov",
     "constant_weighting",
+    "cosine_gated_weighting",
     "delayed_nesterov",
     "max_staleness",
     "mean_update",

@@ -1,4 +1,4 @@
-"""Buckets of small leaves, for collectives whose latency exceeds their transfer."""
+"""Buckets of small leaves for all-reduces."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple

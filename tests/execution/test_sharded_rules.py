@@ -179,7 +179,9 @@ def test_state_is_sharded_like_the_parameters(name, layout):
     assert held <= least
 
 
-@pytest.mark.parametrize("name", keep(["quantize_4", "top_k", "chunked_top_k"], ["quantize_4"]))
+@pytest.mark.parametrize(
+    "name", keep(["quantize_4", "top_k", "chunked_top_k"], ["quantize_4"])
+)
 @pytest.mark.parametrize(
     "leaves, index",
     [(("columns", "rows", "twin"), 1), (("replicated", "vector"), None)],

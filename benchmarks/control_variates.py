@@ -4,7 +4,7 @@ Command: python -m benchmarks control_variates --out DIRECTORY (3 minutes)
 Expected: control variates converge linearly in the rounds, the faster the longer the
 period; local SGD stalls at a distance that grows with the period.
 
-Logistic regression with l2 penalty on 2048 examples of w8a, drawn by the seed and
+Logistic regression with l2 penalty on 1024 examples of w8a, drawn by the seed and
 sorted by label and number of features, so that the shards of K = 8 workers differ and
 one worker has all positive labels. Full gradients in float64, step size 1/L for the
 largest smoothness L of a shard, condition number 300. A table of f(x̄) − f* after some
@@ -59,20 +59,20 @@ def make_loss(penalty: float) -> Callable:
     return loss
 
 
-def minimise(loss: Callable, shards: tuple) -> float:
-    """Returns the minimum of the mean loss of all shards, by Newton's method."""
-    pooled = tuple(x.reshape(-1, *x.shape[2:]) for x in shards)
-    x = jnp.zeros(pooled[0].shape[-1])
-    newton = jax.jit(
-        lambda x: (
-            x
-            - jnp.linalg.solve(jax.hessian(loss)(x, pooled), jax.grad(loss)(x, pooled))
-        )
-    )
+def pooled_loss(loss: Callable, shards: tuple) -> Callable:
+    """Returns the mean loss of all shards, a function of the parameters."""
+    pooled = tuple(jnp.asarray(x.reshape(-1, *x.shape[2:])) for x in shards)
+    return jax.jit(lambda x: loss(x, pooled))
+
+
+def minimise(objective: Callable, dimension: int) -> float:
+    """Returns the minimum, by Newton's method."""
+    gradient, hessian = jax.jit(jax.grad(objective)), jax.jit(jax.hessian(objective))
+    x = jnp.zeros(dimension)
     for _ in range(20):
-        x = newton(x)
-    assert jnp.linalg.norm(jax.grad(loss)(x, pooled)) < 1e-13
-    return float(loss(x, pooled))
+        x = x - jnp.linalg.solve(hessian(x), gradient(x))
+    assert jnp.linalg.norm(gradient(x)) < 1e-13
+    return float(objective(x))
 
 
 def run(rule: Callable, period: int, rounds: int, shards: tuple) -> np.ndarray:
@@ -83,7 +83,7 @@ def run(rule: Callable, period: int, rounds: int, shards: tuple) -> np.ndarray:
     cluster = lsgd.simulate(algorithm, WORKERS)
 
     @jax.jit
-    def one_round(state: lsgd.State, batch: tuple) -> tuple[lsgd.State, jax.Array]:
+    def one_round(state: lsgd.State, batch: tuple) -> lsgd.State:
         step = lambda _, state: cluster.step(state, batch)[0]  # noqa: E731
         state = cluster.sync(jax.lax.fori_loop(0, period, step, state))
         mean = state.workers.params[0]
@@ -144,7 +144,7 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__.splitlines()[0],
     )
     parser.add_argument("--out", type=Path, default=Path("benchmark-results"))
-    parser.add_argument("--size", type=int, default=2048, help="examples")
+    parser.add_argument("--size", type=int, default=1024, help="examples")
     parser.add_argument("--rounds", type=int, default=320)
     parser.add_argument("--periods", type=int, nargs="+", default=[4, 16])
     parser.add_argument("--seeds", type=int, default=3)

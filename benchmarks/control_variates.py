@@ -85,19 +85,16 @@ def run(rule: Callable, period: int, rounds: int, shards: tuple) -> np.ndarray:
     @jax.jit
     def one_round(state: lsgd.State, batch: tuple) -> lsgd.State:
         step = lambda _, state: cluster.step(state, batch)[0]  # noqa: E731
-        state = cluster.sync(jax.lax.fori_loop(0, period, step, state))
-        mean = state.workers.params[0]
-        return state, jnp.mean(jax.vmap(loss, in_axes=(None, 0))(mean, batch))
+        return cluster.sync(jax.lax.fori_loop(0, period, step, state))
 
-    batch = tuple(map(jnp.asarray, shards))
-    state = cluster.init(jnp.zeros(shards[0].shape[-1]))
-    losses = [
-        jnp.mean(jax.vmap(loss, in_axes=(None, 0))(state.workers.params[0], batch))
-    ]
+    batch, dimension = tuple(map(jnp.asarray, shards)), shards[0].shape[-1]
+    objective = pooled_loss(loss, shards)
+    state = cluster.init(jnp.zeros(dimension))
+    losses = [objective(state.workers.params[0])]
     for _ in range(rounds):
-        state, value = one_round(state, batch)
-        losses.append(value)
-    return np.array(losses) - minimise(loss, shards)
+        state = one_round(state, batch)
+        losses.append(objective(state.workers.params[0]))
+    return np.array(losses) - minimise(objective, dimension)
 
 
 RULES = {

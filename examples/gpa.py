@@ -2,9 +2,10 @@
 
     python examples/gpa.py
 
-trains a small network on the noisy outputs of a random one, with AdamW alone, with an
-outer Nesterov step after every 8 steps (`snoo`), and with GPA, which smooths after
-every step. It prints the mean test loss over three seeds: EXPECTED.
+trains a small network on the perturbed outputs of a random one, with AdamW alone, with
+an outer Nesterov step after every 8 steps (`snoo`), and with GPA, which smooths after
+every step: 1 minute on two cores. Expected: mean test losses over three seeds of 0.050,
+0.056 and 0.040.
 
 GPA keeps two sequences besides the point y at which gradients are taken:
 
@@ -106,12 +107,12 @@ def run(
     teacher = make_params(rng, 32)
     inputs = rng.normal(size=(6144, 16)).astype(np.float32)
     targets = np.asarray(network(teacher, inputs))
-    noisy = targets + rng.normal(size=targets.shape).astype(np.float32)
+    labels = targets + rng.normal(size=targets.shape).astype(np.float32)
     cluster = lsgd.simulate(lsgd.local_sgd(loss_fn, optimizer, rule), workers=1)
     state, _ = lsgd.train(
         cluster,
         cluster.init(make_params(rng, 64)),
-        lsgd.shuffled_batches((inputs[:4096], noisy[:4096]), workers=1, batch=32),
+        lsgd.shuffled_batches((inputs[:4096], labels[:4096]), workers=1, batch=32),
         schedule=8,
         steps=steps,
         progress=False,

@@ -1,4 +1,4 @@
-"""Eager outer steps: the own update at once, those of the others a round later."""
+"""Eager outer steps: the own update at once, other updates a round later."""
 
 from typing import NamedTuple
 

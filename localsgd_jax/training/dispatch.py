@@ -184,7 +184,7 @@ _last_dispatchers: OrderedDict[_Signature, Dispatcher] = OrderedDict()
 
 
 def dispatcher_of(cluster: Cluster, weights: RoundWeights, state: State) -> Dispatcher:
-    """Returns the programs of a run; those of the last four runs are kept.
+    """Returns the programs of a run, and keeps them for four runs.
 
     A loop over epochs with a call of `train` in each of them compiles once.
 

@@ -126,9 +126,6 @@ def train(
     round_weights = RoundWeights(weights, cluster.num_workers)
     settings = RunSettings(schedule, steps, round_weights, max_steps_per_dispatch)
     context, examples = context_of(state), 0
-    round_weights = RoundWeights(weights, cluster.num_workers)
-    settings = RunSettings(schedule, steps, round_weights, max_steps_per_dispatch)
-    context, examples = context_of(state), 0
     dispatcher = dispatcher_of(cluster, round_weights, state)
     history = HistoryRecorder(context, ByteCounter(cluster.bytes_sent, state))
     prefetcher = SynchronizedPrefetcher(

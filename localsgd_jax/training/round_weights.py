@@ -99,8 +99,8 @@ class RoundWeights:
         """Validates constant weights.
 
         Args:
-          weights: `Weights`: `(K,)`, a function of the round number, the name of a metric,
-            `weighted_by(...)`, or None for equal weights.
+          weights: `Weights`: `(K,)`, a function of the round number, the name of a
+            metric, `weighted_by(...)`, or None for equal weights.
           workers: K.
         """
         if isinstance(weights, str):
@@ -162,7 +162,7 @@ class RoundWeights:
         return str(self.metric_weights or self._constant)
 
     def example(self, first_round: int) -> jax.Array | np.ndarray | None:
-        """Returns weights with the shape of those of a round."""
+        """Returns weights with the shape of the weights of a round."""
         if self.metric_weights is not None:
             return np.ones(self._workers, np.float32)
         given = self.given(first_round, 1)

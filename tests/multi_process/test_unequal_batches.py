@@ -1,4 +1,4 @@
-"""Processes whose batches have different sizes."""
+"""Processes with batches of different sizes."""
 
 import numpy as np
 import pytest

@@ -19,14 +19,14 @@ NESTEROV = optax.sgd(0.7, momentum=0.9, nesterov=True)
 
 
 def progress_cluster(rule, workers=K):
-    """Returns workers whose local step subtracts the batch."""
+    """Returns workers with a local step that subtracts the batch."""
     descend = lambda x, delta: ({"params": x["params"] - delta}, {})  # noqa: E731
     return lsgd.simulate(lsgd.from_train_step(descend, rule), workers)
 
 
 @with_and_without_weights
 def test_eager_outer(weights):
-    """The own pseudo-gradient at once, those of the others one round later."""
+    """The own pseudo-gradient at once, the other ones a round later."""
     cluster = progress_cluster(lsgd.eager_outer(NESTEROV))
     state = cluster.init({"params": jnp.zeros(N)})
     anchor, velocity, last = np.zeros((K, N)), np.zeros((K, N)), np.zeros((K, N))

@@ -20,7 +20,7 @@ PLACEMENTS = {
 
 
 def token_algorithm(rule=None):
-    """Returns local SGD whose step reports a number of tokens from the batch."""
+    """Returns local SGD with a step that reports tokens of the batch."""
 
     def loss_with_tokens(params, batch):
         tokens = jnp.sum(jnp.abs(batch[1]) > 0.5)

@@ -20,6 +20,11 @@ from jax.sharding import get_abstract_mesh
 from localsgd_jax.core.pytrees import ravel, unravel
 from localsgd_jax.core.types import PyTree, RuleState, Sharded, SyncContext
 
+# A function of vectors needs several times the memory of a vector, and compile time
+# grows with the number of vectors.
+NUM_VECTORS = 8
+MIN_VECTOR_LIMIT = 2**24
+
 
 class Piece(NamedTuple):
     """The device at which a function of pieces runs.
@@ -27,12 +32,14 @@ class Piece(NamedTuple):
     Attributes:
       context: context of the rule.
       axes: axes inside a worker that shard the leaves, sorted.
-      sizes: number of elements of the piece of each leaf.
+      sizes: number of elements of the piece of each leaf in the vectors.
+      number: number of this vector among those of its group, from 0.
     """
 
     context: SyncContext
     axes: tuple[str, ...]
     sizes: tuple[int, ...]
+    number: int = 0
 
     @property
     def count(self) -> int:
@@ -53,19 +60,25 @@ class Piece(NamedTuple):
 
 
 def map_vectors(
-    function: Callable, context: SyncContext, *trees: PyTree
+    function: Callable,
+    context: SyncContext,
+    *trees: PyTree,
+    num_vectors: int = NUM_VECTORS,
 ) -> tuple[PyTree, ...]:
     """Applies a function of vectors to the concatenated pieces of trees.
 
     The leaves are grouped by the axes inside a worker that shard them, since replicas
-    of a leaf stay equal only if nothing else is mixed into them. Each group is one
-    vector per device and tree, float32 at least.
+    of a leaf stay equal only if nothing else is mixed into them. The pieces of a group
+    are concatenated to vectors of float32 at least: one vector up to 2²⁴ numbers, and
+    otherwise vectors that end with a leaf and have an eighth of all numbers at most,
+    or one leaf.
 
     Args:
       function: `function(piece, *vectors) -> vectors`, a tuple of any length; each
-        result has the shape of the arguments. It runs once for each group.
+        result has the shape of the arguments. It runs once for each vector.
       context: context of the calling rule, whose `specs` describe the trees.
       *trees: trees of equal structure and shapes.
+      num_vectors: 8, or another number; 1 for a single vector of any size.
 
     Returns:
       A tree for each result, with the structure and dtypes of the first tree.
@@ -75,10 +88,14 @@ def map_vectors(
     results = [()] * structure.num_leaves
 
     def run(axes: tuple[str, ...], context: SyncContext, *pieces: list) -> list:
-        sizes = tuple(x.size for x in pieces[0])
-        vectors = function(Piece(context, axes, sizes), *map(ravel, pieces))
-        columns = [unravel(vector, pieces[0]) for vector in vectors]
-        return list(zip(*columns, strict=True))
+        outputs = []
+        for number, part in enumerate(_split_leaves(pieces[0], num_vectors)):
+            columns = [tree[part] for tree in pieces]
+            piece = Piece(context, axes, tuple(x.size for x in columns[0]), number)
+            vectors = function(piece, *map(ravel, columns))
+            unraveled = [unravel(vector, columns[0]) for vector in vectors]
+            outputs += zip(*unraveled, strict=True)
+        return outputs
 
     for axes, indices in _groups(context.specs, len(leaves[0])).items():
         specs = _select_specs(context.specs, indices)
@@ -330,6 +347,18 @@ def unwrap(part: PyTree) -> PyTree:
 def _is_sharded(x: object) -> bool:
     """Returns whether a part of a rule state has specs."""
     return isinstance(x, Sharded)
+
+
+def _split_leaves(leaves: Sequence[jax.Array], num_vectors: int) -> list[slice]:
+    """Splits a list of leaves into the parts that make up one vector each."""
+    limit = max(MIN_VECTOR_LIMIT, sum(x.size for x in leaves) // num_vectors)
+    starts, size = [0], 0
+    for i, x in enumerate(leaves):
+        if size and size + x.size > limit:
+            starts.append(i)
+            size = 0
+        size += x.size
+    return list(map(slice, starts, [*starts[1:], len(leaves)]))
 
 
 def _groups(specs: PyTree | None, count: int) -> dict[tuple[str, ...], list[int]]:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from localsgd_jax.core.pytrees import split_rows
 from localsgd_jax.core.types import PyTree
 
 BITS = (8, 4, 2, 1)
@@ -29,11 +30,13 @@ class Codec(NamedTuple):
         to a pytree of arrays with the same leading axes, to be sent. The key is for
         stochastic rounding.
       decode: from this pytree to float32 `(..., m)`.
+      round_trip: `decode(encode(x, key))` without packing, in the shape of x.
       block_size: numbers that are encoded together.
     """
 
     encode: Callable[[jax.Array, jax.Array], PyTree]
     decode: Callable[[PyTree], jax.Array]
+    round_trip: Callable[[jax.Array, jax.Array], jax.Array]
     block_size: int
 
 
@@ -75,6 +78,29 @@ def row_multiple(block_size: int, length: int) -> int:
     return block_size
 
 
+def split_tiles(vector: jax.Array, rows: int, multiple: int) -> jax.Array:
+    """Splits a vector into rows of tiles of TPUs, zero-padded at the end.
+
+    Args:
+      vector: `(N,)`.
+      rows: K.
+      multiple: from `row_multiple`.
+
+    Returns:
+      `(K, m/128, 128)`, m a multiple of `multiple`; `(K, 1, m)` if 128 does not divide
+      m.
+
+    Example:
+      >>> split_tiles(jnp.arange(3), 2, 1)
+      Array([[[0, 1]],
+      <BLANKLINE>
+             [[2, 0]]], dtype=int32)
+    """
+    split = split_rows(vector, rows, multiple)
+    size = split.shape[-1]
+    return split.reshape(rows, -1, _LANES if size % _LANES == 0 else size)
+
+
 def float_codec(dtype: jax.typing.DTypeLike) -> Codec:
     """Encodes numbers as shorter floats; numbers beyond the range are clipped.
 
@@ -98,9 +124,9 @@ def float_codec(dtype: jax.typing.DTypeLike) -> Codec:
 
     def decode(payload: jax.Array) -> jax.Array:
         short = jax.lax.bitcast_convert_type(payload, dtype)
-        return _join_last_axes(short.astype(jnp.float32))
+        return short.astype(jnp.float32).reshape(*short.shape[:-2], -1)
 
-    return Codec(encode, decode, 1)
+    return Codec(encode, decode, lambda x, key: decode(encode(x, key)), 1)
 
 
 def integer_codec(bits: int, block: int, stochastic: bool) -> Codec:
@@ -123,30 +149,43 @@ def integer_codec(bits: int, block: int, stochastic: bool) -> Codec:
     largest = max(2 ** (bits - 1) - 1, 1)
     width = _LANES if block % _LANES == 0 else block
 
-    def encode(x: jax.Array, key: jax.Array) -> QuantizedBlocks:
-        rows = _materialize_on_tpu(x.reshape(*x.shape[:-1], -1, width))
+    def split(x: jax.Array) -> jax.Array:
+        return x.reshape(*x.shape[:-1], -1, block // width, width)
+
+    def quantize(x: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        blocks = _materialize_on_tpu(split(x))
         if bits == 1:
-            scale = _over_blocks(jnp.mean, jnp.abs(rows), block)
-            codes = rows >= 0
-        else:
-            # XLA:CPU vectorises max and min, but not the max of absolute values.
-            maximum = _over_blocks(jnp.max, rows, block)
-            scale = jnp.maximum(maximum, -_over_blocks(jnp.min, rows, block))
-            inverse = largest / jnp.where(scale > 0, scale, 1)
-            level = rows * _expand(inverse, rows)
-            shift = jax.random.uniform(key, level.shape) if stochastic else 0.5
-            codes = jnp.clip(jnp.floor(level + shift), -largest, largest) + largest
+            scale = jnp.abs(blocks).mean(axis=-2).mean(axis=-1)
+            return (blocks >= 0).astype(jnp.float32), scale
+        # XLA:CPU vectorises max and min, but not the max of absolute values.
+        extremes = jnp.maximum(blocks.max(axis=-2), -blocks.min(axis=-2))
+        scale = extremes.max(axis=-1)
+        inverse = largest / jnp.where(scale > 0, scale, 1)
+        level = blocks * inverse[..., None, None]
+        shift = jax.random.uniform(key, level.shape) if stochastic else 0.5
+        codes = jnp.clip(jnp.floor(level + shift), -largest, largest) + largest
+        return codes, scale
+
+    def to_level(codes: jax.Array) -> jax.Array:
+        return 2 * codes - 1 if bits == 1 else (codes - largest) / largest
+
+    def encode(x: jax.Array, key: jax.Array) -> QuantizedBlocks:
+        codes, scale = quantize(x, key)
         packed = pack(codes.astype(jnp.uint8).reshape(x.shape), bits)
         return QuantizedBlocks(packed, scale.astype(jnp.float32))
 
     def decode(payload: QuantizedBlocks) -> jax.Array:
         codes = unpack(payload.codes, bits)
         rows = codes.reshape(*codes.shape[:-1], -1, width).astype(jnp.float32)
-        level = 2 * rows - 1 if bits == 1 else (rows - largest) / largest
-        decoded = level * _expand(payload.scales, rows)
-        return _join_last_axes(_materialize_on_tpu(decoded))
+        row_scales = _repeat(payload.scales, block // width)
+        decoded = _materialize_on_tpu(to_level(rows) * row_scales[..., None])
+        return decoded.reshape(codes.shape)
 
-    return Codec(encode, decode, block)
+    def round_trip(x: jax.Array, key: jax.Array) -> jax.Array:
+        codes, scale = quantize(x, key)
+        return (to_level(codes) * scale[..., None, None]).reshape(x.shape)
+
+    return Codec(encode, decode, round_trip, block)
 
 
 def pack(codes: jax.Array, bits: int) -> jax.Array:
@@ -187,9 +226,13 @@ def unpack(packed: jax.Array, bits: int) -> jax.Array:
       >>> unpack(jnp.array([[49]], jnp.uint8), 2)
       Array([1, 0, 3, 0], dtype=uint8)
     """
-    mask = jnp.uint8(2**bits - 1)
-    parts = [(packed >> jnp.uint8(bits * i)) & mask for i in range(8 // bits)]
-    return _join_last_axes(jnp.concatenate(parts, axis=-2))
+    *leading, rows, columns = packed.shape
+    part = jax.lax.broadcasted_iota(
+        jnp.uint8, (*leading, 8 // bits, rows, columns), len(leading)
+    )
+    shifted = packed[..., None, :, :] >> (jnp.uint8(bits) * part)
+    parts = shifted & jnp.uint8(2**bits - 1)
+    return parts.reshape(*leading, -1)
 
 
 def _materialize_on_tpu(rows: jax.Array) -> jax.Array:
@@ -203,19 +246,29 @@ def _materialize_on_tpu(rows: jax.Array) -> jax.Array:
     )
 
 
-def _over_blocks(reduce: Callable, rows: jax.Array, block: int) -> jax.Array:
-    """Reduces blocks that consist of whole rows, `(..., r, w)` to `(..., m/block)`."""
-    per_row = reduce(rows, axis=-1)
-    grouped = per_row.reshape(*per_row.shape[:-1], -1, block // rows.shape[-1])
-    return reduce(grouped, axis=-1)
+def _repeat(scales: jax.Array, times: int) -> jax.Array:
+    """Repeats each number, `(..., b)` to `(..., b times)`."""
+    repeat = functools.partial(jnp.repeat, repeats=times, axis=-1)
+    if times == 1 or scales.shape[-1] % _LANES:
+        return repeat(scales)
+    by_product = functools.partial(_repeat_by_product, times=times)
+    return jax.lax.platform_dependent(scales, tpu=by_product, default=repeat)
 
 
-def _expand(scales: jax.Array, rows: jax.Array) -> jax.Array:
-    """Repeats one number per block for each row of the block, `(..., r, 1)`."""
-    rows_per_block = rows.shape[-2] // scales.shape[-1]
-    return jnp.repeat(scales, rows_per_block, axis=-1)[..., None]
+def _repeat_by_product(scales: jax.Array, times: int) -> jax.Array:
+    """Repeats each number by a product with a matrix of zeros and ones.
 
+    On TPUs repetition along the last axis takes 512 bytes a number. The products are of
+    halves of the bit patterns, which are finite and exact.
+    """
+    bits = jax.lax.bitcast_convert_type(scales, jnp.uint32)
+    bits = bits.reshape(*bits.shape[:-1], -1, _LANES)
+    copies = jnp.repeat(jnp.eye(_LANES), times, axis=1)
 
-def _join_last_axes(rows: jax.Array) -> jax.Array:
-    """Reshapes `(..., r, w)` to `(..., r w)`."""
-    return rows.reshape(*rows.shape[:-2], -1)
+    def repeat(half: jax.Array) -> jax.Array:
+        product = jnp.dot(half.astype(jnp.float32), copies, precision="highest")
+        return product.astype(jnp.uint32)
+
+    repeated = (repeat(bits >> 16) << 16) | repeat(bits & 0xFFFF)
+    repeated = repeated.reshape(*scales.shape[:-1], -1)
+    return jax.lax.bitcast_convert_type(repeated, jnp.float32)

@@ -11,7 +11,7 @@ from localsgd_jax.core import collectives
 from localsgd_jax.core.call_names import call_name
 from localsgd_jax.core.pieces import Piece
 from localsgd_jax.core.pytrees import join_rows, split_rows
-from localsgd_jax.core.types import SyncRule
+from localsgd_jax.core.types import PyTree, SyncRule
 from localsgd_jax.core.validation import check, check_int
 from localsgd_jax.rules.codecs import (
     BITS,
@@ -20,6 +20,7 @@ from localsgd_jax.rules.codecs import (
     integer_codec,
     pack,
     row_multiple,
+    split_tiles,
     unpack,
 )
 from localsgd_jax.rules.error_feedback import (
@@ -30,6 +31,9 @@ from localsgd_jax.rules.error_feedback import (
     weighted_or_zero,
 )
 from localsgd_jax.rules.float4_codec import float4_codec
+
+_MAX_SORTED_PARTS = 16
+_MIN_SORTED = 2**20
 
 
 def quantize(
@@ -43,8 +47,10 @@ def quantize(
 ) -> SyncRule:
     """Sends a mean as packed b-bit integers or floats, with error feedback.
 
-    The tree is flattened and split into one chunk per worker. Q quantises to b-bit
-    integers with a float32 scale per block. For worker k and chunk j:
+    The tree is flattened and split into one chunk per worker; a tree of more than 2²⁴
+    numbers in up to 16 parts of whole leaves, one after the other, to save memory. Q
+    quantises to b-bit integers with a float32 scale per block. For worker k and chunk
+    j:
 
         vₖ = xₖ + eₖ                      and eₖ ← vₖ − Q(vₖ)
         mⱼ = Σₖ wₖ [Q(vₖ)]ⱼ / Σₖ wₖ + fⱼ   and fⱼ ← mⱼ − Q(mⱼ)     at worker j
@@ -193,7 +199,7 @@ def top_k(rule: SyncRule, fraction: float) -> SyncRule:
     def exchange(piece: Piece, vector: jax.Array) -> tuple[jax.Array, jax.Array]:
         context = piece.context
         count = math.ceil(fraction * vector.size)
-        _, positions = jax.lax.top_k(jnp.abs(vector), count)
+        positions = _largest(vector, count)
         values, indices = collectives.all_gather(
             (vector[positions], positions), context, axes
         )
@@ -203,7 +209,7 @@ def top_k(rule: SyncRule, fraction: float) -> SyncRule:
         return total / safe_total(weights), vector.at[positions].set(0)
 
     name = call_name("top_k", rule, fraction=fraction)
-    return compressed_mean("top_k", axes, exchange, name=name)
+    return compressed_mean("top_k", axes, exchange, name=name, num_vectors=1)
 
 
 def scaled_sign(rule: SyncRule) -> SyncRule:
@@ -273,6 +279,23 @@ def scaled_sign(rule: SyncRule) -> SyncRule:
     return compressed_mean("scaled_sign", axes, exchange, name=name)
 
 
+def _largest(vector: jax.Array, count: int) -> jax.Array:
+    """Returns the positions of the numbers that are largest in absolute value.
+
+    A sort takes four times the memory of its operand. The candidates of each part of
+    the vector are therefore found one part after the other.
+    """
+    parts = vector.size // max(4 * count, _MIN_SORTED)
+    rows = split_rows(jnp.abs(vector), max(1, min(_MAX_SORTED_PARTS, parts)))
+    length = rows.shape[1]
+    values, columns = jax.lax.map(
+        lambda row: jax.lax.top_k(row, min(count, length)), rows
+    )
+    positions = columns + length * jnp.arange(len(rows), dtype=columns.dtype)[:, None]
+    _, chosen = jax.lax.top_k(values.reshape(-1), count)
+    return positions.reshape(-1)[chosen]
+
+
 def _encoded_mean(
     call: str, rule: SyncRule, codec: Codec, seed: int, name: str
 ) -> SyncRule:
@@ -285,34 +308,49 @@ def _encoded_mean(
 def _encoded_exchange(codec: Codec, seed: int, axes: MeanAxes) -> Callable:
     """Makes the exchange of `_encoded_mean`: encoded all-to-all and all-gather."""
 
+    def encode(tiles: jax.Array, key: jax.Array) -> tuple[PyTree, jax.Array]:
+        """Returns the encoded tiles and the error of the encoding."""
+        flat = tiles.reshape(*tiles.shape[:-2], -1)
+        error = tiles - codec.round_trip(flat, key).reshape(tiles.shape)
+        return codec.encode(flat, key), error
+
+    def decode(payload: PyTree, like: jax.Array) -> jax.Array:
+        return codec.decode(payload).reshape(like.shape)
+
     def exchange(
         piece: Piece, vector: jax.Array, server_error: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, ...]:
         context = piece.context
         count, index = collectives.size(context, axes), collectives.index(context, axes)
         round_key = jax.random.fold_in(jax.random.key(seed), context.round)
         keys = jax.random.split(jax.random.fold_in(round_key, index))
         if piece.axes:
             keys = jax.vmap(jax.random.fold_in, (0, None))(keys, piece.index)
+        if piece.number:
+            keys = jax.vmap(jax.random.fold_in, (0, None))(keys, piece.number)
 
         multiple = row_multiple(codec.block_size, vector.size // count)
-        rows = split_rows(vector, count, multiple)
-        encoded = codec.encode(rows, keys[0])
-        worker_error = vector - join_rows(codec.decode(encoded), vector.size)
-        received = codec.decode(collectives.all_to_all(encoded, context, axes))
-        weights = collectives.gathered_weights(context, axes)[:, None]
-        chunk = jnp.sum(weighted_or_zero(weights, received), axis=0)
-        chunk = chunk / safe_total(weights)
+        rows = split_tiles(vector, count, multiple)
+        encoded, worker_error = encode(rows, keys[0])
+        received = collectives.all_to_all(encoded, context, axes)
+        weights = collectives.gathered_weights(context, axes)
 
-        errors = jnp.pad(server_error, (0, rows.size - vector.size))
-        start = index * chunk.size
-        chunk = chunk + jax.lax.dynamic_slice_in_dim(errors, start, chunk.size)
-        encoded_chunk = codec.encode(chunk, keys[1])
-        error = chunk - codec.decode(encoded_chunk)
-        zeros = jnp.zeros_like(errors)
-        errors = jax.lax.dynamic_update_slice_in_dim(zeros, error, start, 0)
-        chunks = codec.decode(collectives.all_gather(encoded_chunk, context, axes))
-        mean = join_rows(chunks, vector.size)
-        return mean, worker_error, errors[: vector.size]
+        def add_worker(total: jax.Array, message: tuple) -> tuple[jax.Array, None]:
+            weight, payload = message
+            return total + weighted_or_zero(weight, decode(payload, total)), None
+
+        # A scan decodes one row at a time. XLA:CPU takes six times as long for a sum.
+        total, _ = jax.lax.scan(
+            add_worker, jnp.zeros_like(rows[0]), (weights, received)
+        )
+        chunk = total / safe_total(weights)
+
+        errors = split_tiles(server_error, count, multiple)
+        chunk = chunk + errors[index]
+        encoded_chunk, error = encode(chunk, keys[1])
+        errors = jnp.zeros_like(errors).at[index].set(error)
+        chunks = collectives.all_gather(encoded_chunk, context, axes)
+        results = decode(chunks, rows), worker_error, errors
+        return tuple(join_rows(x, vector.size) for x in results)
 
     return exchange

@@ -9,7 +9,7 @@ from optax.tree_utils import tree_cast_like
 
 from localsgd_jax.core import collectives
 from localsgd_jax.core.averaging import check_inexact
-from localsgd_jax.core.pieces import map_vectors
+from localsgd_jax.core.pieces import NUM_VECTORS, map_vectors
 from localsgd_jax.core.pytrees import promote, where
 from localsgd_jax.core.types import PyTree, RuleState, SyncContext, SyncRule
 from localsgd_jax.core.validation import check_rule
@@ -38,6 +38,7 @@ def compressed_mean(
     *,
     name: str,
     has_server_error: bool = False,
+    num_vectors: int = NUM_VECTORS,
 ) -> SyncRule:
     """Makes a rule from a compressed exchange, with error feedback.
 
@@ -52,11 +53,13 @@ def compressed_mean(
       axes: worker axes of the mean; None for all of them.
       exchange: `exchange(piece, vector, server_error=None) -> vectors`; the vectors are
         the mean, the new worker error and, with a server error, the new server error.
-        The argument is the concatenated tree plus the worker error, `(N,)`. If the
-        worker is sharded, it is called once for each group of leaves, on each device
-        with its piece; see `core.pieces.map_vectors`.
+        The argument is the concatenated tree plus the worker error, `(N,)`. It is
+        called for each of several parts of a large tree, and if the worker is sharded
+        for each group of leaves, on each device with its piece; see
+        `core.pieces.map_vectors`.
       name: name of the rule.
       has_server_error: whether the state has a server error.
+      num_vectors: as for `core.pieces.map_vectors`.
 
     Returns:
       A rule with an `ErrorFeedback` for each worker.
@@ -78,7 +81,9 @@ def compressed_mean(
         message = jax.tree.map(jnp.add, promote(tree), old.worker_error)
         message = where(active, message, zeros)
         server_error = (old.server_error,) if has_server_error else ()
-        mean, *errors = map_vectors(exchange, context, message, *server_error)
+        mean, *errors = map_vectors(
+            exchange, context, message, *server_error, num_vectors=num_vectors
+        )
         new = ErrorFeedback(*errors)
         worker_error = where(active, new.worker_error, old.worker_error)
         new_state = RuleState(local=new._replace(worker_error=worker_error))

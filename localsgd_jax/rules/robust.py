@@ -11,7 +11,7 @@ from localsgd_jax.core import collectives
 from localsgd_jax.core.averaging import check_inexact
 from localsgd_jax.core.call_names import call_name
 from localsgd_jax.core.pieces import Piece, map_vectors
-from localsgd_jax.core.pytrees import join_rows, promote, split_rows, where
+from localsgd_jax.core.pytrees import join_rows, promote, where
 from localsgd_jax.core.types import (
     PyTree,
     RuleMetrics,
@@ -20,6 +20,7 @@ from localsgd_jax.core.types import (
     SyncRule,
 )
 from localsgd_jax.core.validation import check, check_rule
+from localsgd_jax.rules.codecs import row_multiple, split_tiles
 
 
 class OutlierState(NamedTuple):
@@ -108,7 +109,7 @@ def trimmed_mean(fraction: float) -> SyncRule:
     def trimmed_mean_of_sorted(values: jax.Array, num_active: jax.Array) -> jax.Array:
         # The tolerance keeps exact integer products integer in float32.
         drop = jnp.floor(fraction * num_active + 1e-4).astype(jnp.int32)
-        rank = jnp.arange(len(values))[:, None]
+        rank = jnp.arange(len(values))[:, None, None]
         kept = (rank >= drop) & (rank < num_active - drop)
         return jnp.sum(jnp.where(kept, values, 0), axis=0) / (num_active - 2 * drop)
 
@@ -233,8 +234,8 @@ def _coordinatewise(call: str, combine: Callable, name: str) -> SyncRule:
 
     Args:
       call: the public function, for messages.
-      combine: `combine(values, num_active) -> result`, from `(K, m)`, sorted over
-        workers with inactive ones at the end, to `(m,)`.
+      combine: `combine(values, num_active) -> result`, from `(K, r, w)`, sorted
+        over workers with inactive ones at the end, to `(r, w)`.
       name: name of the rule.
 
     Returns:
@@ -247,10 +248,11 @@ def _coordinatewise(call: str, combine: Callable, name: str) -> SyncRule:
 
     def exchange(piece: Piece, vector: jax.Array) -> tuple[jax.Array]:
         context = piece.context
-        rows = split_rows(vector, collectives.size(context))
+        count = collectives.size(context)
+        rows = split_tiles(vector, count, row_multiple(1, vector.size // count))
         values = collectives.all_to_all(rows, context)
         active = collectives.gathered_weights(context) > 0
-        values = jnp.sort(jnp.where(active[:, None], values, jnp.inf), axis=0)
+        values = jnp.sort(jnp.where(active[:, None, None], values, jnp.inf), axis=0)
         chunk = combine(values, jnp.maximum(jnp.sum(active), 1))
         return (join_rows(collectives.all_gather(chunk, context), vector.size),)
 

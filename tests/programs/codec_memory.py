@@ -8,13 +8,14 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from localsgd_jax.analysis.compile_targets import target_mesh
-from localsgd_jax.core.pytrees import join_rows, split_rows
+from localsgd_jax.core.pytrees import join_rows
 from localsgd_jax.rules.codecs import (
     BITS,
     float_codec,
     integer_codec,
     pack,
     row_multiple,
+    split_tiles,
     unpack,
 )
 
@@ -26,8 +27,8 @@ def exchange(codec, workers):
 
     def run(vector):
         multiple = row_multiple(codec.block_size, vector.size // workers)
-        rows = split_rows(vector, workers, multiple)
-        encoded = codec.encode(rows, jax.random.key(0))
+        rows = split_tiles(vector, workers, multiple)
+        encoded = codec.encode(rows.reshape(workers, -1), jax.random.key(0))
         received = jax.tree.map(
             lambda x: jax.lax.all_to_all(x, "worker", 0, 0), encoded
         )

@@ -15,6 +15,7 @@ from harness.paths import PROGRAMS, PYTHONPATH
 from harness.selection import in_full, keep
 
 from localsgd_jax.analysis import compile_targets
+from localsgd_jax.rules import codecs
 from localsgd_jax.rules.codecs import (
     BITS,
     float_codec,
@@ -86,6 +87,15 @@ def test_unpack_inverts_pack(bits, size):
     packed = pack(jnp.asarray(codes), bits)
     assert packed.nbytes == 3 * size * bits // 8
     np.testing.assert_array_equal(unpack(packed, bits), codes)
+
+
+def test_repetition_by_a_product_is_exact():
+    x = np.random.default_rng(0).normal(size=(2, 256)).astype(np.float32)
+    x[0, :5] = np.inf, -np.inf, np.nan, -0.0, 1e-40
+    repeated = np.asarray(codecs._repeat_by_product(jnp.asarray(x), 3))
+    np.testing.assert_array_equal(
+        repeated.view(np.uint32), np.repeat(x, 3, axis=-1).view(np.uint32)
+    )
 
 
 def test_long_rows_are_padded_to_tiles():

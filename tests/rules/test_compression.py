@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from harness.cases import mesh
+from harness.cases import assert_close, mesh
 from harness.rule_arrays import (
     K,
     N,
@@ -19,6 +19,8 @@ from harness.rule_arrays import (
 from harness.selection import in_full, keep
 
 import localsgd_jax as lsgd
+from localsgd_jax.core import pieces
+from localsgd_jax.rules import compression
 from localsgd_jax.rules.codecs import BITS
 
 SIZE = 2**17  # Parameters of the programs whose bytes are counted.
@@ -100,6 +102,56 @@ def test_top_k(weights):
             sent[k, largest] = v[k, largest]
         error = np.where(w[:, None] > 0, v - sent, error)
         np.testing.assert_allclose(synced[i][1], weighted_mean(sent, w), atol=1e-6)
+
+
+def test_top_k_of_parts_one_after_the_other(monkeypatch):
+    """Equal numbers are selected in the order of their indices, as by one sort."""
+    monkeypatch.setattr(compression, "_MIN_SORTED", 8)
+    rng = np.random.default_rng(0)
+    for size, count in ((1000, 3), (1000, 40), (77, 2), (64, 64)):
+        x = rng.integers(-20, 20, size).astype(np.float32)
+        expected = np.argsort(-np.abs(x), stable=True)[:count]
+        np.testing.assert_array_equal(compression._largest(x, count), expected)
+
+
+SPLIT_RULES = {
+    "cast": lambda: lsgd.cast(lsgd.average(), jnp.bfloat16),
+    "scaled_sign": lambda: lsgd.scaled_sign(lsgd.average()),
+    "top_k": lambda: lsgd.top_k(lsgd.average(), 0.1),
+    "median": lambda: lsgd.median(),
+}
+
+
+@pytest.mark.parametrize("name", keep(SPLIT_RULES, ["cast", "top_k"]))
+def test_large_trees_are_split_at_leaves(name, monkeypatch):
+    """Rules without blocks give the same means for one vector and for several."""
+    rng = np.random.default_rng(0)
+    tree = {"a": (4, 3), "b": (20,), "c": (2, 2), "d": (1,), "e": (30,)}
+    rounds = [
+        {key: rng.normal(size=(K, *shape)).astype("f4") for key, shape in tree.items()}
+        for _ in range(2)
+    ]
+
+    def synced():
+        made = set_params_algorithm(SPLIT_RULES[name]())
+        cluster = lsgd.simulate(made, K)
+        state = cluster.init({"params": {k: jnp.zeros(x) for k, x in tree.items()}})
+        for values in rounds:
+            state = cluster.sync(cluster.step(state, values)[0])
+        return state.workers["params"]
+
+    expected = synced()
+    monkeypatch.setattr(pieces, "MIN_VECTOR_LIMIT", 16)
+    assert_close(synced(), expected, 1e-6)
+
+
+def test_parts_of_a_tree_end_with_leaves(monkeypatch):
+    leaves = [np.zeros(n) for n in (4, 5, 20, 1, 1, 1)]
+    assert pieces._split_leaves(leaves, 8) == [slice(0, 6)]
+    monkeypatch.setattr(pieces, "MIN_VECTOR_LIMIT", 8)
+    parts = [(0, 1), (1, 2), (2, 3), (3, 6)]
+    assert pieces._split_leaves(leaves, 8) == [slice(*part) for part in parts]
+    assert pieces._split_leaves(leaves, 1) == [slice(0, 6)]
 
 
 @with_and_without_weights

@@ -169,8 +169,8 @@ MUTANTS = {
     ),
     "forgets the server error": Mutant(
         "rules/compression.py",
-        "chunk = chunk + jax.lax.dynamic_slice_in_dim(errors, start, chunk.size)",
-        "chunk = chunk + 0 * start",
+        "chunk = chunk + errors[index]",
+        "chunk = chunk + 0 * index",
         "rules/test_compression.py -k preserves_the_sum",
     ),
     "forgets the worker error": Mutant(
@@ -187,9 +187,15 @@ MUTANTS = {
     ),
     "takes the scale of positive numbers": Mutant(
         "rules/codecs.py",
-        "jnp.maximum(maximum, -_over_blocks(jnp.min, rows, block))",
-        "maximum",
+        "jnp.maximum(blocks.max(axis=-2), -blocks.min(axis=-2))",
+        "blocks.max(axis=-2)",
         "rules/test_codecs.py -k consecutive_blocks",
+    ),
+    "selects among the last part only": Mutant(
+        "rules/compression.py",
+        "positions = columns + length * jnp.arange(len(rows), dtype=columns.dtype)[:, None]",
+        "positions = columns + length * (len(rows) - 1)",
+        "rules/test_compression.py -k parts_one_after_the_other",
     ),
     "rounds codes down": Mutant(
         "rules/codecs.py",

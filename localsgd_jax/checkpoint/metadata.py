@@ -7,7 +7,8 @@ The checkpoint of step n is the directory `n/` with two Orbax items:
     metadata  one JSON object:
       format         FORMAT_VERSION
       seed, config   arguments of `RunCheckpointer`
-      rule           name of the synchronisation rule of each field
+      rule           name of the synchronisation rule of each field, with its numbers
+      optimizer      name of the inner optimizer with its numbers, if it is known
       leaves         dtype and shape of each leaf, without the worker axis
       num_workers    K, the length of the worker axes
       examples_seen  examples consumed by all workers since the start of the run
@@ -19,7 +20,7 @@ The metadata up to `leaves` must be equal in the run that restores the checkpoin
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from localsgd_jax.checkpoint.digests import json_digest
@@ -27,7 +28,9 @@ from localsgd_jax.checkpoint.errors import Damage
 from localsgd_jax.checkpoint.leaves import piece_counts, state_leaves
 from localsgd_jax.core.types import Cluster, State
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
+# Entries that may differ if the user says so.
+CHANGEABLE = ("rule", "optimizer", "seed", "config")
 MAX_ITEMS_IN_MESSAGE = 5
 
 
@@ -50,6 +53,7 @@ def run_fingerprint(cluster: Cluster, seed: int, config: Mapping | None) -> dict
         "seed": seed,
         "config": json.loads(json.dumps(dict(config or {}))),
         "rule": dict(cluster.algorithm.rule_names),
+        "optimizer": cluster.algorithm.optimizer_name,
     }
 
 
@@ -115,12 +119,17 @@ def compare_digests(path: str, stored: Sequence[str], found: Sequence[str]) -> N
     raise Damage(f"leaf {path}: digest differs for worker {workers}")
 
 
-def mismatches(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+def mismatches(
+    stored: Mapping[str, Any],
+    current: Mapping[str, Any],
+    changed: Collection[str] = (),
+) -> list[str]:
     """Returns one line per difference between stored and current metadata.
 
     Args:
       stored: metadata of the checkpoint.
       current: fingerprint and leaves of the run that restores it.
+      changed: entries of `CHANGEABLE` that may differ.
 
     Returns:
       The lines; empty if the checkpoint matches.
@@ -128,9 +137,9 @@ def mismatches(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[st
     if stored.get("format") != current["format"]:
         return [_difference("format", stored.get("format"), current["format"])]
     lines = [
-        _difference(name, stored.get(name), value)
+        _difference(name, stored.get(name), value) + _remedy(name)
         for name, value in current.items()
-        if name != "leaves" and stored.get(name) != value
+        if name not in ("leaves", *changed) and stored.get(name) != value
     ]
     old, new = stored.get("leaves", {}), current["leaves"]
     leaves = [
@@ -143,6 +152,13 @@ def mismatches(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[st
     if len(leaves) > MAX_ITEMS_IN_MESSAGE:
         lines.append(f"and {len(leaves) - MAX_ITEMS_IN_MESSAGE} more leaves")
     return lines
+
+
+def _remedy(name: str) -> str:
+    """Returns how an entry can be changed on purpose."""
+    if name not in CHANGEABLE:
+        return ""
+    return f' (to change it: restore(state, changed=["{name}"]))'
 
 
 def _difference(name: str, stored: object, current: object) -> str:

@@ -89,6 +89,7 @@ class RunCheckpointer:
         validation.check_int(f"{name}(max_to_keep)", "max_to_keep", max_to_keep, 1)
         validation.check_int(f"{name}(seed)", "seed", seed, 0)
         self._cluster, self._examples_seen = cluster, 0
+        self._changed: tuple[str, ...] = ()
         self._fingerprint = metadata.run_fingerprint(cluster, int(seed), config)
         self._storage = CheckpointStorage(
             directory, max_to_keep, process_local, read_only
@@ -141,6 +142,7 @@ class RunCheckpointer:
         *,
         reset_fields: Iterable[str] = (),
         fallback: bool = False,
+        changed: Iterable[str] = (),
     ) -> tuple[State, int]:
         """Restores the latest checkpoint, bitwise, onto any placement of the workers.
 
@@ -168,21 +170,25 @@ class RunCheckpointer:
             such as `["opt_state"]`: they are taken from `state`.
           fallback: whether an earlier checkpoint is restored if the latest is damaged.
             A warning says which. The damaged checkpoint `N` is renamed to `N.damaged`.
+          changed: what differs from the checkpoint on purpose: "optimizer", "rule",
+            "seed" or "config". `changed=["optimizer"]` continues with another
+            learning rate. Leaves must match in any case.
 
         Returns:
           The state, whose `step` tells the checkpoint, and the number of examples seen
           by all workers: `examples_seen` of `shuffled_batches`.
 
         Raises:
-          CheckpointError: if the checkpoint has another model, rule, seed or
+          CheckpointError: if the checkpoint has another model, optimizer, rule, seed or
             configuration, with the differences; or if it is damaged, with what is
             damaged and the latest intact checkpoint before it.
           TypeError: if `state` is not a `State`.
-          ValueError: if a reset field does not exist, or the state is abstract and a
-            field is reset.
+          ValueError: if a reset field does not exist, the state is abstract and a
+            field is reset, or `changed` has another name.
         """
         _checked_leaves("restore(state)", state)
         names, steps = tuple(reset_fields), self._storage.steps()
+        self._changed = _checked_changes(changed)
         if not steps:
             if pytrees.is_abstract(state):
                 raise CheckpointError(
@@ -286,7 +292,7 @@ class RunCheckpointer:
         """Reads metadata; raises if they are of another model, rule, seed or config."""
         stored = reader.read_metadata(step)
         current = self._fingerprint | {"leaves": metadata.describe_leaves(state)}
-        if differences := metadata.mismatches(stored, current):
+        if differences := metadata.mismatches(stored, current, self._changed):
             raise CheckpointError(
                 f"restore(state): checkpoint {step} in {self._storage.directory} does "
                 "not match this run: " + "; ".join(differences)
@@ -313,6 +319,15 @@ def _checked_leaves(call: str, state: State) -> list:
                 "use the state that the call returned"
             )
     return leaves
+
+
+def _checked_changes(names: Iterable[str]) -> tuple[str, ...]:
+    """Returns the names of entries that may differ from the checkpoint."""
+    names = (names,) if isinstance(names, str) else tuple(names)
+    text = f"each name must be one of {metadata.CHANGEABLE}"
+    valid = set(names) <= set(metadata.CHANGEABLE)
+    validation.check(valid, "restore(changed)", text, names)
+    return names
 
 
 def _initial_fields(state: State, names: Sequence[str]) -> dict:

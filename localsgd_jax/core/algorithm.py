@@ -10,6 +10,7 @@ from optax.tree_utils import tree_cast_like
 
 from localsgd_jax.core import train_state
 from localsgd_jax.core.averaging import average
+from localsgd_jax.core.call_names import value_name
 from localsgd_jax.core.pieces import infer_specs, with_specs
 from localsgd_jax.core.prng_keys import forbid_raw_keys
 from localsgd_jax.core.pytrees import promote
@@ -81,6 +82,7 @@ def local_sgd(
     Raises:
       TypeError: if an argument has the wrong type; when traced, if the loss is not a
         floating point scalar.
+      ValueError: if no field has a rule.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -141,7 +143,7 @@ def local_sgd(
             worker = CorrectedWorkerState(*worker, zeros)
         return algorithm.init(worker, infer_specs(worker, params, specs))
 
-    return algorithm._replace(init=init)
+    return algorithm._replace(init=init, optimizer_name=value_name(optimizer))
 
 
 def from_train_step(train_step: Callable, rule: Rules = None) -> Algorithm:
@@ -173,7 +175,8 @@ def from_train_step(train_step: Callable, rule: Rules = None) -> Algorithm:
     Raises:
       TypeError: if an argument has the wrong type; when traced, if the step returns a
         state of another structure, shape or dtype.
-      ValueError: if a field has several rules; at `init`, if the state lacks a field.
+      ValueError: if no field has a rule, or a field has several; at `init`, if the
+        state lacks a field.
 
     Example:
       >>> def train_step(state, batch):
@@ -187,6 +190,11 @@ def from_train_step(train_step: Callable, rule: Rules = None) -> Algorithm:
             f"{train_step!r}"
         )
     rules = rules_by_field(rule)
+    if not rules:
+        raise ValueError(
+            f"local_sgd(rule): at least one field must have a rule, got {rule!r}; "
+            'use {"params": identity()} to synchronise nothing'
+        )
     for field, field_rule in rules.items():
         check_rule(f"rule for the field {field!r}", field_rule)
     fields = [name for field in rules for name in _names(field)]

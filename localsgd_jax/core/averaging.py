@@ -73,3 +73,16 @@ def check_inexact(call: str, tree: PyTree) -> None:
                 f"{dtype} at {jax.tree_util.keystr(path) or 'the root'}; use "
                 "identity() for its field, or floating_only(rule) to skip such leaves"
             )
+
+
+def check_floating(call: str, tree: PyTree) -> None:
+    """Raises a TypeError unless all leaves are floating point, not complex."""
+    check_inexact(call, tree)
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        if jnp.iscomplexobj(leaf):
+            raise TypeError(
+                f"{call}: every leaf must be floating point, got "
+                f"{jnp.result_type(leaf)} at "
+                f"{jax.tree_util.keystr(path) or 'the root'}; give its real and "
+                "imaginary part leaves of their own"
+            )

@@ -117,6 +117,49 @@ def assume_replicated_within(
     return _first_copy(len(_inner_axes(context, _resolve_axes(context, axis))))(tree)
 
 
+def num_differing_axes(tree: PyTree, context: SyncContext) -> int | None:
+    """Returns over how many worker axes, from the outermost on, a tree may differ.
+
+    JAX knows for each vmap axis whether a value depends on it. On a mesh the innermost
+    worker axis has a vmap axis over its lanes.
+
+    Args:
+      tree: any pytree.
+      context: context of the calling rule.
+
+    Returns:
+      A number from 0 to the number of worker axes; None outside of a cluster, where no
+      axis is a vmap axis.
+    """
+    carriers = [name for names in context.axes.values() for name in names]
+    num_vmap_axes = sum(isinstance(name, VmapAxis) for name in carriers)
+    if num_vmap_axes == 0:
+        return None
+    levels: list[bool] = []
+    _record_batching(num_vmap_axes, levels)(tree)
+    return len(context.axes) - (num_vmap_axes - sum(levels))
+
+
+def _record_batching(depth: int, levels: list[bool]) -> Callable:
+    """Returns a function that records for each vmap axis whether a tree has it."""
+    if depth == 0:
+        return lambda tree: tree
+
+    @jax.custom_batching.custom_vmap
+    def record(tree: PyTree) -> PyTree:
+        return tree
+
+    @record.def_vmap
+    def _(size: int, batched: list, tree: PyTree) -> tuple[PyTree, PyTree]:
+        del size
+        levels.append(any(jax.tree.leaves(batched[0])))
+        copy = jax.tree.map(lambda x, mapped: x[0] if mapped else x, tree, batched[0])
+        inner = _record_batching(depth - 1, levels)(copy)
+        return inner, jax.tree.map(lambda mapped: False, batched[0])
+
+    return record
+
+
 _MAX_VMAP_AXES = 8  # More nested vmap axes over workers do not occur.
 
 
@@ -203,7 +246,7 @@ def all_gather(tree: PyTree, context: SyncContext, axis: Axis = None) -> PyTree:
         shape = jnp.shape(x)
         for name in reversed(axis_names):
             x = jax.lax.all_gather(x, name)
-        return x.reshape(-1, *shape)
+        return x.reshape(size(context, axis), *shape)
 
     return jax.tree.map(gather, tree)
 

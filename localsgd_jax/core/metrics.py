@@ -3,6 +3,7 @@
 import jax
 
 from localsgd_jax.core.types import PyTree, RuleMetrics, State
+from localsgd_jax.core.validation import check
 
 
 def metrics_by_name(metrics: PyTree, ndim: int) -> dict[str, jax.Array]:
@@ -17,17 +18,23 @@ def metrics_by_name(metrics: PyTree, ndim: int) -> dict[str, jax.Array]:
       Leaves by their path, joined with dots; a metric without a path is called "loss".
       Leaves with another number of axes are omitted.
 
+    Raises:
+      ValueError: if two metrics have one name.
+
     Example:
       >>> import jax.numpy as jnp
       >>> metrics = {"more": {"accuracy": jnp.ones((2, 4))}, "row": jnp.ones((2, 4, 3))}
       >>> list(metrics_by_name(metrics, 2)), list(metrics_by_name(jnp.ones((2, 4)), 2))
       (['more.accuracy'], ['loss'])
     """
-    return {
-        jax.tree_util.keystr(path, simple=True, separator=".") or "loss": leaf
-        for path, leaf in jax.tree.leaves_with_path(metrics)
-        if leaf.ndim == ndim
-    }
+    named = {}
+    for path, leaf in jax.tree.leaves_with_path(metrics):
+        if leaf.ndim == ndim:
+            name = jax.tree_util.keystr(path, simple=True, separator=".") or "loss"
+            text = "every name must occur once"
+            check(name not in named, "train_step: metrics", text, repr(name))
+            named[name] = leaf
+    return named
 
 
 def rule_metrics(state: State) -> dict[str, jax.Array]:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import PartitionSpec
 
-from localsgd_jax.core.call_names import value_name
+from localsgd_jax.core.call_names import function_name
 
 PyTree = Any
 
@@ -147,7 +147,8 @@ class SyncRule:
     def __post_init__(self) -> None:
         """Sets the default name."""
         if not self.name:
-            object.__setattr__(self, "name", f"custom({value_name(self.apply)})")
+            function = function_name(self.apply) or type(self.apply).__name__
+            object.__setattr__(self, "name", f"custom({function})")
 
     def __repr__(self) -> str:
         """Returns the call that made this rule."""
@@ -167,6 +168,7 @@ class Algorithm(NamedTuple):
       partition_specs: `partition_specs(params) -> specs`; the `PartitionSpec` over axes
         inside a worker, or None, of each leaf in the order of `jax.tree.leaves`, by
         metadata of the model. None for the boxes in `params`.
+      optimizer_name: the inner optimizer with its numbers; None if it is not known.
     """
 
     init: Callable[..., tuple[PyTree, RuleState]]
@@ -174,6 +176,7 @@ class Algorithm(NamedTuple):
     sync: Callable[[PyTree, RuleState, SyncContext], tuple[PyTree, RuleState]]
     rule_names: Mapping[str, str]
     partition_specs: Callable[[PyTree], list] | None = None
+    optimizer_name: str | None = None
 
 
 class State(NamedTuple):

@@ -139,7 +139,9 @@ def check_weights(weights: jax.Array | None, workers: int) -> jax.Array | None:
       `(K,)`, or None.
 
     Raises:
-      ValueError: if the shape is not `(K,)`, or a weight is negative or not finite.
+      TypeError: if the weights are not real numbers.
+      ValueError: if the shape is not `(K,)`, a weight is negative or not finite, or a
+        weight or the sum of all is out of the range of the floating point type.
     """
     if weights is None:
         return None
@@ -150,9 +152,36 @@ def check_weights(weights: jax.Array | None, workers: int) -> jax.Array | None:
             f"sync(state, weight): weight must have shape ({workers},), one for each "
             f"worker, got {values.shape}"
         )
-    if concrete and (bad := ~(np.isfinite(values) & (values >= 0))).any():
-        raise ValueError(
-            "sync(state, weight): weights must be finite and not negative, got "
-            f"{values[bad][0]} for worker {int(bad.argmax())}"
+    if not jnp.issubdtype(values.dtype, np.number) and values.dtype != bool:
+        raise TypeError(
+            f"sync(state, weight): weights must be numbers, got dtype {values.dtype}"
         )
-    return jnp.asarray(values, jnp.result_type(float))
+    if jnp.issubdtype(values.dtype, np.complexfloating):
+        raise TypeError(
+            f"sync(state, weight): weights must be real, got dtype {values.dtype}"
+        )
+    dtype = jnp.result_type(float)
+    if concrete:
+        _check_weight_range(values, dtype)
+    return jnp.asarray(values, dtype)
+
+
+def _check_weight_range(values: np.ndarray, dtype: np.dtype) -> None:
+    """Raises a ValueError unless weights and their sum are numbers of a dtype."""
+    call, limits = "sync(state, weight)", np.finfo(dtype)
+    values = values.astype(np.float64)
+
+    def check_all(valid: np.ndarray, rule: str) -> None:
+        if not valid.all():
+            worker = int(valid.argmin())
+            check(False, call, rule, f"{values[worker]} for worker {worker}")
+
+    is_finite = np.isfinite(values) & (values >= 0)
+    check_all(is_finite, "weights must be finite and not negative")
+    in_range = (values == 0) | ((values >= limits.tiny) & (values <= limits.max))
+    text = f"positive weights must be in [{limits.tiny}, {limits.max}] as {dtype}"
+    check_all(in_range, text)
+    with np.errstate(over="ignore"):
+        total = values.sum()
+    text = f"the sum of the weights must be at most {limits.max} as {dtype}"
+    check(total <= limits.max, call, text, total)

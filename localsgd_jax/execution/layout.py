@@ -89,7 +89,10 @@ class Layout:
 
     def join(self, tree: PyTree) -> PyTree:
         """Merges the vmap axes into one leading axis; the inverse of `split`."""
-        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(self.lanes) :]), tree)
+        count = self.workers_per_position
+        return jax.tree.map(
+            lambda x: x.reshape(count, *x.shape[len(self.lanes) :]), tree
+        )
 
     def shared_sharding(self, x: Any) -> NamedSharding:
         """Returns the sharding of a leaf replicated over workers.

@@ -147,8 +147,11 @@ def _merge_node(node: PyTree) -> PyTree:
 @jax.jit
 def _workers_are_equal(tree: PyTree) -> jax.Array:
     """Returns whether the checksums of all rows of the worker axis are equal."""
+    leaves = jax.tree.leaves(tree)
+    if not leaves:
+        return jnp.bool_(True)
     total = jnp.uint32(0)
-    for leaf in jax.tree.leaves(tree):
+    for leaf in leaves:
         # The multiplier makes the sum depend on the order of the leaves.
         total = total * jnp.uint32(1000003) + _checksums(leaf)
     return jnp.all(total == total[:1])

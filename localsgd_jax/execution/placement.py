@@ -200,6 +200,7 @@ def _init(
             "workers": layout.num_workers,
             "mesh": dict(mesh.shape),
             "rule": dict(algorithm.rule_names),
+            "optimizer": algorithm.optimizer_name,
             "params": arrays.describe_leaves(params),
         }
         holders = arrays.processes_of(NamedSharding(mesh, P()))

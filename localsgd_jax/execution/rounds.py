@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from localsgd_jax.core.predicates import check_bool, probe_predicate
 from localsgd_jax.core.types import Cluster, PyTree, State
 from localsgd_jax.execution.ambient_mesh import in_mesh_of_state
 from localsgd_jax.execution.cyclic_round import RoundClass
@@ -29,7 +30,8 @@ def gated(cluster: Cluster, schedule: Callable) -> Callable:
       for `jax.jit` with `donate_argnums=0`.
 
     Raises:
-      TypeError: if the schedule is not callable.
+      TypeError: if the schedule is not callable, or does not return a bool.
+      ValueError: if the schedule is not deterministic.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -48,12 +50,15 @@ def gated(cluster: Cluster, schedule: Callable) -> Callable:
             f"gated(cluster, schedule): the schedule must be callable, got {schedule!r}"
         )
 
+    probe_predicate("gated(schedule)", schedule)
+
     @in_mesh_of_state
     def step(
         state: State, batch: PyTree, weight: jax.Array | None = None
     ) -> tuple[State, PyTree]:
         state, metrics = cluster.step(state, batch)
-        return cluster.sync_if(schedule(state.step), state, weight), metrics
+        due = check_bool("gated(schedule)", schedule(state.step))
+        return cluster.sync_if(due, state, weight), metrics
 
     return step
 

@@ -12,11 +12,17 @@ import jax
 import numpy as np
 
 from localsgd_jax.core.metrics import metrics_by_name, rule_metrics
+from localsgd_jax.core.predicates import checked_predicate
 from localsgd_jax.core.types import PyTree, State
 from localsgd_jax.core.validation import check
 from localsgd_jax.distributed.background import submit_daemon
 from localsgd_jax.execution.process_local import merge_late_sync
-from localsgd_jax.fault_tolerance.history import check_finite, round_columns
+from localsgd_jax.fault_tolerance.history import (
+    PER_PROCESS_COLUMNS,
+    SCALAR_COLUMNS,
+    check_finite,
+    round_columns,
+)
 from localsgd_jax.fault_tolerance.mean_callbacks import run_callbacks
 from localsgd_jax.fault_tolerance.report import RoundReport, unpack
 from localsgd_jax.fault_tolerance.run import Progress, Run
@@ -25,6 +31,7 @@ from localsgd_jax.fault_tolerance.status import (
     next_status,
     stopping_processes,
 )
+from localsgd_jax.training.columns import check_column_names
 from localsgd_jax.training.round_weights import MetricWeights
 
 CHUNKS_PER_ROUND = 8
@@ -75,7 +82,7 @@ def run_local_round(
         count = min(chunk, length - steps, num_ready)
         batches = run.prefetcher.next_batches(count)
         state, metrics = run.cluster.local_steps(state, batches)
-        means.append((count, _mean_metrics(metrics)))
+        means.append((count, _mean_metrics(metrics, state)))
         progress.batch_size = math.prod(np.shape(jax.tree.leaves(batches)[0])[2:3])
         steps, examples = steps + count, examples + count * progress.batch_size
         if run.stop_requested.is_set() or _deadline_passed(run, progress):
@@ -172,6 +179,7 @@ def steps_until_sync(schedule: Callable, step: int, last_step: float) -> int:
       >>> steps_until_sync(lambda step: step % 4 == 0, 5, 6)
       1
     """
+    schedule = checked_predicate("train(schedule)", schedule)
     remaining = max(last_step - step, 0)
     steps = itertools.takewhile(lambda i: i < remaining, itertools.count(1))
     return int(next((i for i in steps if schedule(step + i)), remaining))
@@ -240,12 +248,16 @@ def _round_weight(
     return float(weights(metrics[weights.metric] * report.steps, report.steps))
 
 
-def _mean_metrics(metrics: PyTree) -> dict[str, float]:
-    """Averages the metrics with one number per step and worker; waits for them."""
-    return {
-        name: float(np.mean(np.asarray(values)))
-        for name, values in metrics_by_name(metrics, ndim=2).items()
-    }
+def _mean_metrics(metrics: PyTree, state: State) -> dict[str, float]:
+    """Averages the metrics with one number per step and worker; waits for them.
+
+    Raises a ValueError if one has the name of another column.
+    """
+    named = metrics_by_name(metrics, ndim=2)
+    own = (*SCALAR_COLUMNS, *PER_PROCESS_COLUMNS)
+    check_column_names("train(): metrics", named, [*own, *rule_metrics(state)])
+    check_column_names("train(): metrics of rules", rule_metrics(state), own)
+    return {name: float(np.mean(np.asarray(values))) for name, values in named.items()}
 
 
 def _deadline_passed(run: Run, progress: Progress) -> bool:

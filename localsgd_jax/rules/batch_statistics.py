@@ -4,10 +4,11 @@ from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from optax.tree_utils import tree_cast_like
 
 from localsgd_jax.core import collectives
-from localsgd_jax.core.averaging import check_inexact
+from localsgd_jax.core.averaging import check_floating
 from localsgd_jax.core.call_names import call_name
 from localsgd_jax.core.pytrees import promote, stack_leaves, where
 from localsgd_jax.core.types import PyTree, RuleState, SyncContext, SyncRule
@@ -40,7 +41,7 @@ def merge_batch_stats(
       the tree.
 
     Raises:
-      TypeError: at `init`, for a leaf that is not floating point or complex.
+      TypeError: at `init`, for a leaf that is not floating point.
       ValueError: at `init`, if the tree has leaves but no such pair.
 
     Example:
@@ -54,7 +55,7 @@ def merge_batch_stats(
 
     def init(tree: PyTree, specs: PyTree | None = None) -> RuleState:
         call = f"merge_batch_stats(mean={mean!r}, variance={variance!r})"
-        check_inexact(call, tree)
+        check_floating(call, tree)
         means = _paired_means(tree, mean, variance)
         paths = [_strip_nnx_value(path) for path, _ in jax.tree.leaves_with_path(tree)]
         text = "a mean and a variance must be siblings in the tree"
@@ -128,7 +129,7 @@ def recompute_batch_stats(
       The statistics, with the structure and dtypes of `statistics`.
 
     Raises:
-      ValueError: without batches.
+      ValueError: without batches, or if `update` ignores the batch for a leaf.
 
     Example:
       >>> import jax.numpy as jnp
@@ -147,12 +148,18 @@ def recompute_batch_stats(
     """
 
     @jax.jit
-    def batch_moments(batch: PyTree) -> PyTree:
+    def batch_moments(batch: PyTree) -> tuple[PyTree, PyTree]:
         zero = update(jax.tree.map(jnp.zeros_like, statistics), batch)
         one = update(jax.tree.map(jnp.ones_like, statistics), batch)
-        return jax.tree.map(lambda s, t: promote(s) / (1 - (promote(t) - s)), zero, one)
+        shares = jax.tree.map(lambda s, t: 1 - (promote(t) - s), zero, one)
+        moments = jax.tree.map(lambda s, share: promote(s) / share, zero, shares)
+        return shares, moments
 
-    per_batch = [batch_moments(batch) for batch in batches]
+    per_batch = []
+    for batch in batches:
+        shares, moments = batch_moments(batch)
+        _check_shares(shares)
+        per_batch.append(moments)
     if not per_batch:
         raise ValueError(
             "recompute_batch_stats(batches): at least one batch is required, got none"
@@ -168,6 +175,16 @@ def recompute_batch_stats(
         {mean: lambda x, v: x, variance: lambda x, v: x + v},
     )
     return tree_cast_like(merged, statistics)
+
+
+def _check_shares(shares: PyTree) -> None:
+    """Raises a ValueError if a batch has no share 1 − β in updated statistics."""
+    for path, share in jax.tree.leaves_with_path(shares):
+        ignored = not np.all(np.asarray(share))
+        name = jax.tree_util.keystr(path) or "the root"
+        text = f"the statistics at {name} must depend on the batch"
+        call = "recompute_batch_stats(update)"
+        check(not ignored, call, text, "a share of 0 of the batch in the update")
 
 
 def _strip_nnx_value(path: tuple) -> tuple:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import jax
 
 from localsgd_jax.core.call_names import call_name
+from localsgd_jax.core.predicates import check_bool, probe_predicate
 from localsgd_jax.core.types import PyTree, RuleState, SyncContext, SyncRule
 from localsgd_jax.core.validation import check_rule
 
@@ -95,7 +96,9 @@ def when(schedule: Callable, rule: SyncRule) -> SyncRule:
       only.
 
     Raises:
-      TypeError: if the schedule is not callable, or the rule not a rule.
+      TypeError: if the schedule is not callable, or the rule not a rule; at `init`, if
+        the schedule does not return a bool.
+      ValueError: at `init`, if the schedule is not deterministic.
 
     Example:
       >>> import localsgd_jax as lsgd
@@ -106,11 +109,17 @@ def when(schedule: Callable, rule: SyncRule) -> SyncRule:
             f"when(schedule, rule): schedule must be callable, got {schedule!r}"
         )
     check_rule("when(schedule, rule)", rule)
+    call = "when(schedule)"
+
+    def init(tree: PyTree, specs: PyTree | None = None) -> RuleState:
+        probe_predicate(call, schedule)
+        return rule.init(tree, specs)
 
     def apply(
         tree: PyTree, state: RuleState, context: SyncContext
     ) -> tuple[PyTree, RuleState]:
         due = schedule(context.round)
+        check_bool(call, due)
         if not isinstance(due, jax.Array):
             return rule.apply(tree, state, context) if due else (tree, state)
         return jax.lax.cond(
@@ -121,4 +130,4 @@ def when(schedule: Callable, rule: SyncRule) -> SyncRule:
             state,
         )
 
-    return SyncRule(rule.init, apply, name=call_name("when", schedule, rule))
+    return SyncRule(init, apply, name=call_name("when", schedule, rule))

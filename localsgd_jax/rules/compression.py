@@ -79,7 +79,8 @@ def quantize(
       A rule with two vectors of local state per worker.
 
     Raises:
-      TypeError: if `rule` is not a rule or `block` not an int.
+      TypeError: if `rule` is not a rule or `block` not an int; at `init`, for a leaf
+        that is not floating point.
       ValueError: if `bits`, `rounding` or `encoding` is not one of the values above,
         `block` is not a multiple of 8, or `rule` is not a plain mean.
 
@@ -137,7 +138,8 @@ def cast(rule: SyncRule, dtype: jax.typing.DTypeLike = jnp.bfloat16) -> SyncRule
       A rule with two vectors of local state per worker.
 
     Raises:
-      TypeError: if `rule` is not a rule or `dtype` not a type.
+      TypeError: if `rule` is not a rule or `dtype` not a type; at `init`, for a leaf
+        that is not floating point.
       ValueError: if the type is not a floating point type of one or two bytes, or
         `rule` is not a plain mean.
 
@@ -180,7 +182,8 @@ def top_k(rule: SyncRule, fraction: float) -> SyncRule:
       A rule with one vector of local state per worker.
 
     Raises:
-      TypeError: if `rule` is not a rule.
+      TypeError: if `rule` is not a rule; at `init`, for a leaf that is not floating
+        point.
       ValueError: if the fraction is outside (0, 1], or `rule` is not a plain mean.
 
     Example:
@@ -232,7 +235,8 @@ def scaled_sign(rule: SyncRule) -> SyncRule:
       A rule with one vector of local state per worker.
 
     Raises:
-      TypeError: if `rule` is not a rule.
+      TypeError: if `rule` is not a rule; at `init`, for a leaf that is not floating
+        point.
       ValueError: if it is not a plain mean.
 
     Example:

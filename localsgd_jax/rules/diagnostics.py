@@ -101,7 +101,8 @@ def _compute_diagnostics(
         key: _gram_matrix(leaves, context._replace(specs=specs.get(key)))
         for key, leaves in _leaves_by_top_level_key(delta).items()
     }
-    gram = functools.reduce(jnp.add, grams.values())
+    zeros = jnp.zeros((len(weights), len(weights)))
+    gram = functools.reduce(jnp.add, grams.values(), zeros)
     squared_norms = jnp.diagonal(gram)
     squared_mean_norm = normalized @ gram @ normalized
     scalars = {
@@ -125,20 +126,21 @@ def _compute_diagnostics(
 
 
 def _gram_matrix(tree: PyTree, context: SyncContext) -> jax.Array:
-    """Returns ⟨Δⱼ, Δₖ⟩ for all pairs of workers, (K, K), summed over chunks."""
+    """Returns Re ⟨Δⱼ, Δₖ⟩ for all pairs of workers, (K, K), summed over chunks."""
 
     def gram(piece: Piece, vector: jax.Array) -> jax.Array:
         rows = split_rows(vector, collectives.size(piece.context))
         chunks = collectives.all_to_all(rows, piece.context)
-        return collectives.psum(chunks @ chunks.T, piece.context)
+        products = jnp.real(jnp.conj(chunks) @ chunks.T)
+        return collectives.psum(products, piece.context)
 
     return sum_over_vectors(gram, context, tree)
 
 
 def _inner_product(a: PyTree, b: PyTree) -> jax.Array:
-    """Returns ⟨a, b⟩; unlike `optax.tree.vdot` without flattening sharded leaves."""
-    products = jax.tree.map(lambda x, y: jnp.sum(jnp.conj(x) * y), a, b)
-    return jax.tree.reduce(jnp.add, products)
+    """Returns Re ⟨a, b⟩; unlike `optax.tree.vdot` without flattening sharded leaves."""
+    products = jax.tree.map(lambda x, y: jnp.sum(jnp.real(jnp.conj(x) * y)), a, b)
+    return jax.tree.reduce(jnp.add, products, jnp.float32(0))
 
 
 def _mean_cosine(gram: jax.Array, active: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from optax.tree_utils import tree_cast_like
 
 from localsgd_jax.core import collectives
-from localsgd_jax.core.averaging import check_inexact
+from localsgd_jax.core.averaging import check_floating
 from localsgd_jax.core.pieces import NUM_VECTORS, map_vectors
 from localsgd_jax.core.pytrees import promote, where
 from localsgd_jax.core.types import PyTree, RuleState, SyncContext, SyncRule
@@ -66,7 +66,7 @@ def compressed_mean(
     """
 
     def init(tree: PyTree, specs: PyTree | None = None) -> RuleState:
-        check_inexact(f"{call}()", tree)
+        check_floating(f"{call}()", tree)
         zeros = jax.tree.map(jnp.zeros_like, promote(tree))
         server_error = zeros if has_server_error else None
         return RuleState(local=ErrorFeedback(zeros, server_error))
@@ -74,6 +74,8 @@ def compressed_mean(
     def apply(
         tree: PyTree, state: RuleState, context: SyncContext
     ) -> tuple[PyTree, RuleState]:
+        if not jax.tree.leaves(tree):
+            return tree, state
         any_active, _ = collectives.any_participants(context)
         active = collectives.is_active(context, axes)
         old = collectives.assume_replicated_within(state.local, context, axes)

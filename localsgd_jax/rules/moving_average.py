@@ -10,6 +10,7 @@ from localsgd_jax.core.call_names import call_name
 from localsgd_jax.core.pytrees import promote, where
 from localsgd_jax.core.types import PyTree, RuleState, SyncContext, SyncRule
 from localsgd_jax.core.validation import check, check_rule
+from localsgd_jax.rules.common_result import check_common_result
 
 
 class EmaState(NamedTuple):
@@ -46,7 +47,9 @@ def ema(rule: SyncRule, decay: float = 0.99) -> SyncRule:
     Raises:
       TypeError: if `rule` is not a rule; at `init`, for a leaf that is not floating
         point or complex.
-      ValueError: if the decay is outside [0, 1).
+      ValueError: if the decay is outside [0, 1); when traced, if workers may differ
+        after `rule`, as after `gossip()` or `drop_outliers(...)`, which goes outside:
+        `drop_outliers(ema(rule))`.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -73,8 +76,10 @@ def ema(rule: SyncRule, decay: float = 0.99) -> SyncRule:
         tree: PyTree, state: RuleState, context: SyncContext
     ) -> tuple[PyTree, RuleState]:
         old, rule_shared = state.shared
+        rule_state = RuleState(rule_shared, state.local)
+        check_common_result("ema(rule)", rule, tree, rule_state, context)
         any_active, _ = collectives.any_participants(context)
-        tree, inner = rule.apply(tree, RuleState(rule_shared, state.local), context)
+        tree, inner = rule.apply(tree, rule_state, context)
         synced = promote(collectives.assume_replicated(tree))
         new = jax.tree.map(lambda e, x: decay * e + (1 - decay) * x, old, synced)
         shared = EmaState(where(any_active, new, old), inner.shared)

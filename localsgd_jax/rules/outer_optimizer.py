@@ -15,6 +15,7 @@ from localsgd_jax.core.call_names import call_name
 from localsgd_jax.core.pytrees import promote, where
 from localsgd_jax.core.types import PyTree, RuleState, SyncContext, SyncRule
 from localsgd_jax.core.validation import check, check_rule
+from localsgd_jax.rules.common_result import check_common_result
 
 LearningRate = float | Callable[[jax.typing.ArrayLike], jax.typing.ArrayLike]
 
@@ -96,10 +97,10 @@ def outer(
         anchor, opt_state, reduce_shared = state.shared
         any_active, context = collectives.any_participants(context)
         delta = jax.tree.map(jnp.subtract, anchor, promote(tree))
-        gradient, reduced = reduce.apply(
-            delta, RuleState(reduce_shared, state.local), context
-        )
+        reduce_state = RuleState(reduce_shared, state.local)
+        gradient, reduced = reduce.apply(delta, reduce_state, context)
         if context.weight is not None:
+            check_common_result("outer(reduce)", reduce, delta, reduce_state, context)
             # With weights, a rule selects between its result and its input, which
             # differs between workers, for the case that all weights are zero. The
             # weights of this context are never all zero.

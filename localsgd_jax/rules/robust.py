@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from localsgd_jax.core import collectives
-from localsgd_jax.core.averaging import check_inexact
+from localsgd_jax.core.averaging import check_floating, check_inexact
 from localsgd_jax.core.call_names import call_name
 from localsgd_jax.core.pieces import Piece, map_vectors
 from localsgd_jax.core.pytrees import join_rows, promote, where
@@ -21,6 +21,7 @@ from localsgd_jax.core.types import (
 )
 from localsgd_jax.core.validation import check, check_rule
 from localsgd_jax.rules.codecs import row_multiple, split_tiles
+from localsgd_jax.rules.common_result import check_common_result
 
 
 class OutlierState(NamedTuple):
@@ -147,7 +148,8 @@ def drop_outliers(
     Raises:
       TypeError: if `rule` is not a rule; at `init`, for a leaf that is not floating
         point or complex.
-      ValueError: if a number is out of range.
+      ValueError: if a number is out of range; when traced, if workers may differ after
+        `rule`.
 
     Example:
       >>> import localsgd_jax as lsgd
@@ -174,6 +176,8 @@ def drop_outliers(
         tree: PyTree, state: RuleState, context: SyncContext
     ) -> tuple[PyTree, RuleState]:
         old = state.shared
+        rule_state = RuleState(old.rule, state.local)
+        check_common_result(f"{call}(rule)", rule, tree, rule_state, context)
         log_norms = _log_norms(old.anchor, tree, context)
         weights = collectives.gathered_weights(context)
         inliers = (weights > 0) & jnp.isfinite(log_norms)
@@ -181,9 +185,7 @@ def drop_outliers(
         inliers &= (z <= threshold) | (old.rounds < warm_up)
         any_inlier = jnp.any(inliers)
         weight = jnp.where(inliers, weights, 0)[collectives.index(context)]
-        synced, inner = rule.apply(
-            tree, RuleState(old.rule, state.local), context._replace(weight=weight)
-        )
+        synced, inner = rule.apply(tree, rule_state, context._replace(weight=weight))
         new = _update_moments(old, log_norms, inliers, decay)._replace(
             anchor=collectives.assume_replicated(synced), rule=inner.shared
         )
@@ -243,7 +245,7 @@ def _coordinatewise(call: str, combine: Callable, name: str) -> SyncRule:
     """
 
     def init(tree: PyTree, specs: PyTree | None = None) -> RuleState:
-        check_inexact(call, tree)
+        check_floating(call, tree)
         return RuleState()
 
     def exchange(piece: Piece, vector: jax.Array) -> tuple[jax.Array]:
@@ -259,6 +261,8 @@ def _coordinatewise(call: str, combine: Callable, name: str) -> SyncRule:
     def apply(
         tree: PyTree, state: RuleState, context: SyncContext
     ) -> tuple[PyTree, RuleState]:
+        if not jax.tree.leaves(tree):
+            return tree, state
         any_active, _ = collectives.any_participants(context)
         (combined,) = map_vectors(exchange, context, tree)
         return where(any_active, combined, tree), state

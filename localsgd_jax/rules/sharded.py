@@ -59,7 +59,9 @@ def shard_state(rule: SyncRule, workers: int) -> SyncRule:
         def init_shard(shards: PyTree) -> RuleState:
             return with_specs(rule.init(shards, vector_specs), shards, vector_specs)
 
-        states = jax.vmap(init_shard)(_split_shards(vectors, workers, vector_specs))
+        states = jax.vmap(init_shard, axis_size=workers)(
+            _split_shards(vectors, workers, vector_specs)
+        )
         return RuleState(local=PerWorker(states))
 
     def apply(

@@ -1,10 +1,12 @@
 """Streaming synchronisation: one fragment of the parameters per round."""
 
+import math
 import re
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from localsgd_jax.core.call_names import call_name
 from localsgd_jax.core.pieces import on_pieces, piece_shapes, with_specs
@@ -302,8 +304,9 @@ def _contiguous(tree: PyTree, n: int, axis: int) -> list[list[LeafSlice]]:
     bytes_per_fragment = sum(map(_num_bytes, leaves)) / n
     groups, bytes_before = [[] for _ in range(n)], 0
     for i, leaf in enumerate(leaves):
-        divisible = leaf.ndim > axis and leaf.shape[axis] > 1
-        count = leaf.shape[axis] if divisible else 1
+        shape = jnp.shape(leaf)
+        divisible = len(shape) > axis and shape[axis] > 1
+        count = shape[axis] if divisible else 1
         row_bytes = _num_bytes(leaf) / count
         # Row j belongs to the fragment that contains its midpoint.
         owners = [
@@ -354,4 +357,4 @@ def _path_name(path: tuple) -> str:
 
 def _num_bytes(leaf: jax.Array) -> int:
     """Returns the size of a leaf in bytes."""
-    return leaf.size * leaf.dtype.itemsize
+    return math.prod(jnp.shape(leaf)) * jnp.result_type(leaf).itemsize

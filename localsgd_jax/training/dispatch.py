@@ -16,6 +16,7 @@ from localsgd_jax.distributed import arrays
 from localsgd_jax.execution.cyclic_round import RoundClass
 from localsgd_jax.execution.rounds import sync_in_class
 from localsgd_jax.training.byte_counter import BestEffort
+from localsgd_jax.training.columns import check_column_names
 from localsgd_jax.training.round_programs import RoundPrograms
 from localsgd_jax.training.round_weights import RoundTotals, RoundWeights, Weights
 from localsgd_jax.training.segments import Segment
@@ -264,7 +265,7 @@ def _local_steps(
 ) -> tuple[State, tuple[dict, RoundTotals | None]]:
     """Runs local steps; leaves of the batches are (H, K, B, ...)."""
     state, metrics = jax.lax.scan(cluster.step, state, batches)
-    return state, (metrics_by_name(metrics, ndim=2), weights.add(totals, metrics))
+    return state, (_named_metrics(metrics, state), weights.add(totals, metrics))
 
 
 def _rounds(
@@ -281,7 +282,9 @@ def _rounds(
 
     The first round continues the sums `totals`. `given` has a row for each round.
     """
-    nested = jax.tree.map(lambda x: x.reshape(-1, period, *x.shape[1:]), batches)
+    nested = jax.tree.map(
+        lambda x: x.reshape(x.shape[0] // period, period, *x.shape[1:]), batches
+    )
 
     def one_round(carry: tuple, inputs: tuple) -> tuple[tuple, tuple]:
         (state, totals), (batches, given) = carry, inputs
@@ -293,9 +296,17 @@ def _rounds(
 
     carry = state, jax.tree.map(jnp.asarray, totals)
     (state, _), (metrics, values) = jax.lax.scan(one_round, carry, (nested, given))
-    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), metrics)
+    flat = jax.tree.map(lambda x: x.reshape(x.shape[0] * period, *x.shape[2:]), metrics)
     at_each_step = jax.tree.map(lambda x: jnp.repeat(x, period), values)
-    return state, (metrics_by_name(flat, ndim=2), at_each_step)
+    return state, (_named_metrics(flat, state), at_each_step)
+
+
+def _named_metrics(metrics: PyTree, state: State) -> dict[str, jax.Array]:
+    """Returns metrics by name; raises while traced if a column has their name."""
+    named = metrics_by_name(metrics, ndim=2)
+    check_column_names("train(): metrics", named, rule_metrics(state))
+    check_column_names("train(): metrics of rules", rule_metrics(state))
+    return named
 
 
 def _sync(

@@ -10,12 +10,12 @@ import numpy as np
 from localsgd_jax.analysis.device_bytes import ByteRange
 from localsgd_jax.core.types import State
 from localsgd_jax.training.byte_counter import ByteCounter
+from localsgd_jax.training.columns import COLUMNS, DEVICE_BYTES
 from localsgd_jax.training.dispatch import DispatchResult
 from localsgd_jax.training.evaluation import Evaluation
 from localsgd_jax.training.run_context import RunContext
 
 History = dict[str, np.ndarray]
-COLUMNS = ("step", "round", "bytes", "seconds")
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -127,11 +127,18 @@ class HistoryRecorder:
         """Adds an evaluation after the last round to its row.
 
         Args:
-          evaluation: its values become columns, its bytes count for that round.
+          evaluation: its values become columns, its bytes count for that round. A
+            value with the name of another column gets the prefix "evaluate.".
         """
         sent = evaluation.bytes, evaluation.device_bytes
         sums = self._byte_counter.add_evaluation(*sent)
-        self.rows[-1] |= sums | evaluation.values
+        row = self.rows[-1]
+        reserved = {*COLUMNS, DEVICE_BYTES, *row}
+        values = {
+            f"evaluate.{name}" if name in reserved else name: value
+            for name, value in evaluation.values.items()
+        }
+        self.rows[-1] = row | sums | values
 
     def columns(self) -> History:
         """Returns the rows as columns, with NaN where a row lacks the metric."""

@@ -96,7 +96,8 @@ def train(
       - means over the round and the workers of each metric that is one number per
         worker, such as "loss";
       - metrics of rules, such as "dropped_workers" of `drop_outliers`;
-      - values of `evaluate`, NaN for rounds that were not evaluated.
+      - values of `evaluate`, NaN for rounds that were not evaluated; one with the name
+        of another column gets the prefix "evaluate.".
 
     Raises:
       NonFiniteLossError: if the metric "loss" of a worker is NaN or infinite; the error
@@ -104,8 +105,9 @@ def train(
       CoordinationError: if the processes of a job have different arguments, programs or
         batch shapes, if the batches of another process raise, or if one does not
         respond in time.
-      ValueError: if an argument is out of range, a batch does not have K rows, or
-        there is no metric of the name `weights`.
+      ValueError: if an argument is out of range, a batch does not have K rows, there is
+        no metric of the name `weights`, the schedule is not deterministic, or a metric
+        has the name of another column.
       TypeError: if batches differ in structure, or `schedule` is no schedule.
 
     Example:

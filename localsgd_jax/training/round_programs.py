@@ -71,5 +71,7 @@ class RoundPrograms:
 
 def _sends(state: State) -> bool:
     """Returns whether the workers of a state are on several devices."""
-    sharding = jax.tree.leaves(state.workers)[0].sharding
-    return isinstance(sharding, NamedSharding) and sharding.num_devices > 1
+    return any(
+        isinstance(x.sharding, NamedSharding) and x.sharding.num_devices > 1
+        for x in jax.tree.leaves(state.workers)
+    )

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from localsgd_jax.core.predicates import checked_predicate
 from localsgd_jax.training.callbacks import Callbacks
 from localsgd_jax.training.run_context import RunContext, RunSettings
 
@@ -59,7 +60,8 @@ def segments(
     Yields:
       Segments without gaps.
     """
-    schedule, max_steps = settings.schedule, settings.max_steps_per_dispatch
+    schedule = checked_predicate("train(schedule)", settings.schedule)
+    max_steps = settings.max_steps_per_dispatch
     step, round_number = context.step, context.round
     while limit := count_ready():
         if callbacks.save:

@@ -1,6 +1,7 @@
 """Checkpoints of another run raise and name the difference."""
 
 import jax.numpy as jnp
+import optax
 import pytest
 from harness.cases import momentum_rule
 from harness.checkpoint_run import (
@@ -83,3 +84,54 @@ def test_stateless_rules_are_compared_by_name(tmp_path):
             CheckpointError, match=r"average\(\).* in the checkpoint, .*identity\(\)"
         ):
             checkpointer.restore(other.init(initial_state()))
+
+
+def trained_run(optimizer, rule):
+    """Returns a cluster and its state after a step."""
+    made = lsgd.local_sgd(lambda w, b: (w - b) ** 2, optimizer, rule)
+    cluster = lsgd.simulate(made, 2)
+    state = cluster.init(jnp.zeros(()))
+    state, _ = cluster.step(state, jnp.array([1.0, 3.0]))
+    return cluster, state
+
+
+@pytest.mark.parametrize(
+    "entry, first, second",
+    [
+        (
+            "optimizer",
+            (optax.sgd(0.1, 0.9), lsgd.average()),
+            (optax.sgd(7.0, 0.1), lsgd.average()),
+        ),
+        (
+            "rule",
+            (optax.sgd(0.1), lsgd.diloco(0.7)),
+            (optax.sgd(0.1), lsgd.diloco(0.1)),
+        ),
+        (
+            "rule",
+            (optax.sgd(0.1), lsgd.when(lambda r: r % 2 == 0, lsgd.average())),
+            (optax.sgd(0.1), lsgd.when(lambda r: r % 3 == 0, lsgd.average())),
+        ),
+        (
+            "rule",
+            (optax.sgd(0.1), lsgd.outer(optax.sgd(0.1, 0.9))),
+            (optax.sgd(0.1), lsgd.outer(optax.sgd(7.0, 0.1))),
+        ),
+    ],
+)
+def test_numbers_are_compared_unless_they_are_changed_on_purpose(
+    tmp_path, entry, first, second
+):
+    cluster, state = trained_run(*first)
+    with RunCheckpointer(tmp_path, cluster) as checkpointer:
+        checkpointer.save(state)
+    other, initial = trained_run(*second)
+    with RunCheckpointer(tmp_path, other) as checkpointer:
+        message = rf'{entry}: .* in this run \(to change it: .*changed=\["{entry}"\]'
+        with pytest.raises(CheckpointError, match=message):
+            checkpointer.restore(initial)
+        restored, _ = checkpointer.restore(initial, changed=[entry])
+        assert restored.workers.params.tolist() == state.workers.params.tolist()
+        with pytest.raises(ValueError, match=r"restore\(changed\): .*'leaves'"):
+            checkpointer.restore(initial, changed=["leaves"])

@@ -11,8 +11,8 @@ MUTANTS = {
     ),
     "synchronises one step late": Mutant(
         "execution/rounds.py",
-        "schedule(state.step), state, weight), metrics",
-        "schedule(state.step - 1), state, weight), metrics",
+        "schedule(state.step))",
+        "schedule(state.step - 1))",
         "rules/test_invariants.py -k gated",
     ),
     "gives all workers one batch": Mutant(

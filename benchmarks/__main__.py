@@ -57,6 +57,7 @@ other measurements, each with its own options:
     python -m benchmarks.rule_costs             bytes, state and time of every rule
     python -m benchmarks.simulation_throughput  simulated worker-steps per second
     python -m benchmarks.train_overhead         the training loop over a bare loop
+    python -m benchmarks.checkpoint_digests     digests as a share of saving
 """
 
 

@@ -4,25 +4,30 @@ The digest of an array is the pair of sums
 
     aⱼ = Σᵢ hⱼ(wᵢ, i) mod 2³²,  j = 1, 2
 
-over its 32-bit words wᵢ with their positions i. Addition of integers commutes, so each
-device sums over its own shard and the digest does not depend on the sharding. For a
-fixed i both functions hⱼ(·, i) are permutations: every change within a single word is
-detected. Any other damage passes with probability 2⁻⁶⁴ if the hⱼ are random functions.
+over its 32-bit words wᵢ with their positions i. Addition of integers commutes, so the
+digest does not depend on the sharding: each device sums over its own shard without
+communication, and the host adds the sums of the shards. For a fixed i both functions
+hⱼ(·, i) are permutations: every change within a single word is detected. Any other
+damage passes with probability 2⁻⁶⁴ if the hⱼ are random functions.
 """
 
 import functools
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding, Sharding
+from jax.sharding import PartitionSpec as P
 
 from localsgd_jax.distributed.arrays import to_host
+from localsgd_jax.execution.layout import axis_names
 
 # Finalisers of 32-bit hash functions: multipliers and shifts of MurmurHash3
 # (A. Appleby, 2011) and of lowbias32 (C. Wellons, 2018).
@@ -49,8 +54,12 @@ def leaf_digests(
     Returns:
       For each array one digest per worker, or a single one; 16 hexadecimal digits.
     """
-    sums = [_digest(leaf, rows) for leaf, rows in zip(leaves, has_rows, strict=True)]
-    return [[f"{a:08x}{b:08x}" for a, b in pairs] for pairs in to_host(sums)]
+    partial_sums = [
+        _digest_program(leaf.sharding, leaf.shape, rows)(leaf)
+        for leaf, rows in zip(leaves, has_rows, strict=True)
+    ]
+    sums = [_sum_shards(sums) for sums in to_host(partial_sums)]
+    return [[f"{a:08x}{b:08x}" for a, b in pairs] for pairs in sums]
 
 
 def json_digest(values: Mapping[str, Any]) -> str:
@@ -59,19 +68,74 @@ def json_digest(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-@functools.partial(jax.jit, static_argnames="has_rows")
-def _digest(leaf: jax.Array, has_rows: bool) -> jax.Array:
-    """Returns the sums of each row, `(K, 2)` uint32, or `(1, 2)` for the array."""
-    words = _words(leaf if has_rows else leaf[None])
-    low, high = _positions(words.shape[1:])
-    sums = []
-    for mixer, (low_multiplier, high_multiplier) in zip(
-        MIXERS, POSITION_MULTIPLIERS, strict=True
-    ):
-        keys = low * np.uint32(low_multiplier) + high * np.uint32(high_multiplier)
-        mixed = _mix(words ^ keys[None], *mixer)
-        sums.append(mixed.sum(tuple(range(1, words.ndim)), dtype=jnp.uint32))
-    return jnp.stack(sums, axis=1)
+@functools.cache
+def _digest_program(
+    sharding: Sharding, shape: tuple[int, ...], has_rows: bool
+) -> Callable[[jax.Array], jax.Array]:
+    """Returns the jitted program of an array: the sums of each row and shard.
+
+    Its result is `(K, *S, 2)`, uint32, for K rows and S shards along the other axes.
+    """
+    if not isinstance(sharding, NamedSharding):
+        return jax.jit(lambda leaf: _digest(leaf, has_rows, shape, [0] * len(shape)))
+    entries = list(map(axis_names, sharding.spec))
+    entries += [()] * (len(shape) - len(entries))
+
+    def digest(shard: jax.Array) -> jax.Array:
+        starts = [
+            lax.axis_index(names) * n if names else 0
+            for names, n in zip(entries, shard.shape, strict=True)
+        ]
+        return _digest(shard, has_rows, shape, starts)
+
+    out_spec = P(*([] if has_rows else [None]), *(names or None for names in entries))
+    return jax.jit(
+        jax.shard_map(
+            digest,
+            mesh=sharding.mesh,
+            in_specs=sharding.spec,
+            out_specs=out_spec,
+            check_vma=False,
+        )
+    )
+
+
+def _digest(
+    shard: jax.Array, has_rows: bool, shape: Sequence[int], starts: Sequence[Any]
+) -> jax.Array:
+    """Returns the sums of each row of a shard, `(rows, 1, ..., 1, 2)`.
+
+    Args:
+      shard: shard of an array.
+      has_rows: whether the leading axis is the worker axis.
+      shape: shape of the array.
+      starts: index in the array of the first element of the shard.
+    """
+    words = _words(shard if has_rows else shard[None])
+    num_words = words.shape[1 + shard.ndim - has_rows :]
+    low, high = _positions(
+        words.shape[1:],
+        (*shape[has_rows:], *num_words),
+        (*starts[has_rows:], *[0] * len(num_words)),
+    )
+    mixed = [
+        _mix(words ^ (low * np.uint32(first) + high * np.uint32(second))[None], *mixer)
+        for mixer, (first, second) in zip(MIXERS, POSITION_MULTIPLIERS, strict=True)
+    ]
+    # One reduction of the pair: XLA:CPU vectorises it, but not two of the same words.
+    zeros = (np.uint32(0),) * len(mixed)
+    sums = lax.reduce(tuple(mixed), zeros, _add, tuple(range(1, words.ndim)))
+    return jnp.stack(sums, 1).reshape(len(words), *[1] * (shard.ndim - has_rows), 2)
+
+
+def _add(left: tuple, right: tuple) -> tuple:
+    """Adds tuples of arrays."""
+    return jax.tree.map(operator.add, left, right)
+
+
+def _sum_shards(sums: np.ndarray) -> np.ndarray:
+    """Adds the sums of the shards of each row; returns `(K, 2)`."""
+    return sums.sum(tuple(range(1, sums.ndim - 1)), dtype=np.uint32)
 
 
 def _words(x: jax.Array) -> jax.Array:
@@ -98,21 +162,32 @@ def _words(x: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
 
 
-def _positions(shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array | np.uint32]:
-    """Returns the positions in an array, split into two 32-bit numbers.
+def _positions(
+    local_shape: tuple[int, ...], shape: tuple[int, ...], starts: Sequence[Any]
+) -> tuple[jax.Array, jax.Array | np.uint32]:
+    """Returns the positions of a shard's elements, split into two 32-bit numbers.
 
     The low half counts within the last axes with at most LOW_HALF elements together.
+
+    Args:
+      local_shape: shape of the shard.
+      shape: shape of the array.
+      starts: index in the array of the first element of the shard.
     """
-    low, high = jnp.zeros(shape, jnp.uint32), np.uint32(0)
+    low, high = jnp.zeros(local_shape, jnp.uint32), np.uint32(0)
     last = len(shape)
     while last and math.prod(shape[last - 1 :]) <= LOW_HALF:
         last -= 1
+
+    def offsets(axis: int, end: int) -> jax.Array:
+        stride = np.uint32(math.prod(shape[axis + 1 : end]) % 2**32)
+        start = jnp.asarray(starts[axis], jnp.uint32)
+        return (lax.broadcasted_iota(jnp.uint32, local_shape, axis) + start) * stride
+
     for axis in range(last, len(shape)):
-        stride = np.uint32(math.prod(shape[axis + 1 :]) % 2**32)
-        low += lax.broadcasted_iota(jnp.uint32, shape, axis) * stride
+        low += offsets(axis, len(shape))
     for axis in range(last):
-        stride = np.uint32(math.prod(shape[axis + 1 : last]) % 2**32)
-        high += lax.broadcasted_iota(jnp.uint32, shape, axis) * stride
+        high += offsets(axis, last)
     return low, high
 
 

@@ -1,10 +1,12 @@
 """Random damage to every file of a checkpoint, and outcomes of the restore.
 
-    cd tests && python -m stress.checkpoint_damage --trials 1000 --seed 0
+    cd tests && python -m stress.checkpoint_damage --trials 1200 --seed 0
 
-Each trial damages one file of the latest of two checkpoints: a flipped bit, a cut, a
-zeroed block or a deletion. It then restores. Prints a table of the outcomes and exits
-with 1 if a state was wrong in silence or another error than CheckpointError was raised.
+Two workers of two devices each save two checkpoints. Each trial damages one file of the
+latest: a flipped bit, a cut, a zeroed block or a deletion. It then restores. Writes the
+counts to `docs/_data/checkpoint_damage.json`, prints the table of
+`docs/guides/checkpoints.md`, and exits with 1 if a state was wrong in silence or an
+error other than CheckpointError was raised.
 
     refused    CheckpointError that names the damage and the intact checkpoint
     no effect  the restored state is bitwise equal to the one that was saved
@@ -15,11 +17,15 @@ with 1 if a state was wrong in silence or another error than CheckpointError was
 import argparse
 import collections
 import gc
+import importlib.metadata
+import json
+import logging
 import os
 import pathlib
 import random
 import sys
 import tempfile
+import time
 import warnings
 
 os.environ.setdefault("NPROC", "8")
@@ -28,29 +34,39 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from harness.paths import ROOT
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import localsgd_jax as lsgd
 from localsgd_jax.checkpoint import CheckpointError, RunCheckpointer
 
 KINDS = ("flip", "cut", "zeros", "delete")
-WORKERS = 4
+RESULTS = ("refused", "no effect", "wrong", "raw")
+WORKERS, DEVICES_PER_WORKER = 2, 2
+# Orbax leaves unfinished reads of a failed restore to the garbage collector.
+TRIALS_PER_COLLECTION = 20
+DATA = ROOT / "docs" / "_data" / "checkpoint_damage.json"
 
 
 def make_cluster():
-    """Returns a cluster on four devices, with local and shared rule state."""
+    """Returns a cluster of sharded workers with shared rule state, and its mesh."""
     algorithm = lsgd.from_train_step(
         lambda state, batch: (state, {"loss": jnp.mean(batch)}),
         lsgd.outer(optax.sgd(0.7, momentum=0.9), lsgd.average()),
     )
-    mesh = jax.make_mesh((WORKERS,), ("worker",), devices=jax.devices()[:WORKERS])
-    return lsgd.on_mesh(algorithm, mesh)
+    devices = np.array(jax.devices()[: WORKERS * DEVICES_PER_WORKER])
+    devices = devices.reshape(WORKERS, DEVICES_PER_WORKER)
+    mesh = jax.sharding.Mesh(devices, ("worker", "fsdp"))
+    return lsgd.on_mesh(algorithm, mesh), mesh
 
 
-def initial_state():
-    """Returns leaves of several dtypes, with one that compresses and one of zeros."""
+def initial_state(mesh):
+    """Returns leaves of several dtypes; one is sharded, and one is zero."""
     rng = np.random.default_rng(0)
+    w = jnp.asarray(rng.normal(size=(64, 48)), jnp.float32)
     params = {
-        "w": jnp.asarray(rng.normal(size=(64, 48)), jnp.float32),
+        "w": jax.device_put(w, NamedSharding(mesh, P("fsdp"))),
         "half": jnp.asarray(rng.normal(size=(33, 8)), jnp.bfloat16),
         "zeros": jnp.zeros((64, 64)),
     }
@@ -58,14 +74,19 @@ def initial_state():
 
 
 def save_two(directory):
-    """Saves checkpoints of steps 1 and 2; returns the cluster and the last state."""
-    cluster = make_cluster()
-    state, batch = cluster.init(initial_state()), np.ones((WORKERS, 1), np.float32)
+    """Saves checkpoints of steps 1 and 2.
+
+    Returns:
+      Cluster, initial state, and saved state of step 2.
+    """
+    cluster, mesh = make_cluster()
+    initial, batch = cluster.init(initial_state(mesh)), np.ones((WORKERS, 1), "f4")
+    state = initial
     with RunCheckpointer(directory, cluster) as checkpointer:
         for step in (1, 2):
             state, _ = cluster.step(state, batch)
             checkpointer.save(state, step * WORKERS)
-    return cluster, state
+    return cluster, initial, state
 
 
 def damage(content, kind, rng):
@@ -83,11 +104,10 @@ def damage(content, kind, rng):
     return bytes(changed)
 
 
-def outcome(directory, cluster, saved):
+def outcome(checkpointer, initial, saved):
     """Restores; returns the outcome and its message."""
     try:
-        with RunCheckpointer(directory, cluster) as checkpointer:
-            state, seen = checkpointer.restore(cluster.init(initial_state()))
+        state, seen = checkpointer.restore(initial)
     except CheckpointError as error:
         text = str(error)
         named = "checkpoint 2 in" in text and "is damaged (" in text
@@ -129,48 +149,68 @@ def run_trials(directory, trials, seed):
     Returns:
       Counts by kind of file, kind of damage and outcome; messages of bad outcomes.
     """
-    cluster, saved = save_two(directory)
+    cluster, initial, saved = save_two(directory)
     files = sorted(
         x for x in (directory / "2").rglob("*") if x.is_file() and x.stat().st_size
     )
     rng, counts, bad = random.Random(seed), collections.Counter(), []
-    for trial in range(trials):
-        path, kind = files[trial % len(files)], rng.choice(KINDS)
-        content, where = path.read_bytes(), file_kind(path)
-        changed = damage(content, kind, rng)
-        path.unlink() if changed is None else path.write_bytes(changed)
-        result, message = outcome(directory, cluster, saved)
-        path.write_bytes(content)
-        counts[where, kind, result] += 1
-        if result in ("wrong", "raw"):
-            bad.append(f"trial {trial}, {path.name}, {kind}: {result} {message}")
-        gc.collect()
+    with RunCheckpointer(directory, cluster, read_only=True) as checkpointer:
+        for trial in range(trials):
+            path, kind = files[trial % len(files)], rng.choice(KINDS)
+            content, where = path.read_bytes(), file_kind(path)
+            changed = damage(content, kind, rng)
+            path.unlink() if changed is None else path.write_bytes(changed)
+            result, message = outcome(checkpointer, initial, saved)
+            path.write_bytes(content)
+            counts[where, kind, result] += 1
+            if result in ("wrong", "raw"):
+                bad.append(f"trial {trial}, {path.name}, {kind}: {result} {message}")
+            if trial % TRIALS_PER_COLLECTION == 0:
+                gc.collect()
+        result, message = outcome(checkpointer, initial, saved)
+        if result != "no effect":
+            bad.append(f"repaired checkpoint: {result} {message}")
+    gc.collect()
     return counts, bad
 
 
-def table(counts):
-    """Returns a Markdown table of the outcomes."""
-    results = ("refused", "no effect", "wrong", "raw")
-    rows = [" | ".join(("file", "damage", *results)), " | ".join(["---"] * 6)]
+def to_rows(counts):
+    """Returns one row per kind of file and damage, and one of the totals."""
+    rows = []
     for where, kind in sorted({key[:2] for key in counts}):
-        cells = [counts[where, kind, result] for result in results]
-        rows.append(" | ".join((where, kind, *map(str, cells))))
-    totals = [sum(n for key, n in counts.items() if key[2] == x) for x in results]
-    rows.append(" | ".join(("all", "", *map(str, totals))))
-    return "\n".join(f"| {row} |" for row in rows)
+        row = {"file": where, "damage": kind}
+        rows.append(row | {name: counts[where, kind, name] for name in RESULTS})
+    totals = {name: sum(row[name] for row in rows) for name in RESULTS}
+    return [*rows, {"file": "all", "damage": ""} | totals]
+
+
+def table(rows):
+    """Returns a Markdown table of rows."""
+    cells = [[*rows[0]], ["---"] * len(rows[0]), *(row.values() for row in rows)]
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in cells)
 
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("--trials", type=int, default=1000)
+    parser.add_argument("--trials", type=int, default=1200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=pathlib.Path, default=DATA)
     options = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
     warnings.simplefilter("ignore")
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    start = time.monotonic()
     with tempfile.TemporaryDirectory() as directory:
         counts, bad = run_trials(pathlib.Path(directory), options.trials, options.seed)
-    print(table(counts), *bad, sep="\n")
+    rows = to_rows(counts)
+    about = {
+        name: importlib.metadata.version(name) for name in ("jax", "orbax-checkpoint")
+    }
+    about |= {"trials": options.trials, "seed": options.seed}
+    about |= {"seconds": round(time.monotonic() - start), "bad": bad}
+    options.out.write_text(json.dumps(about | {"counts": rows}, indent=1) + "\n")
+    print(table(rows), *bad, sep="\n")
     sys.exit(bool(bad))
 
 

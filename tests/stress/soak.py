@@ -4,10 +4,10 @@
 
 Each job trains on three or four processes under `localsgd launch --elastic --restarts`
 and receives up to four faults at random moments, also while its processes start:
-SIGKILL or SIGSTOP to any process, or SIGSTOP followed by SIGCONT to any process or to
-the launcher. Writes `docs/_data/soak.json` after each job and continues from there
-after an interruption, prints the table of `docs/guides/fault_tolerance.md`, and exits
-with 1 if a guarantee was violated.
+SIGKILL, SIGTERM or SIGSTOP to any process, or SIGSTOP followed by SIGCONT to any
+process or to the launcher. Writes `docs/_data/soak.json` after each job and continues
+from there after an interruption, prints the table of `docs/guides/fault_tolerance.md`,
+and exits with 1 if a guarantee was violated.
 """
 
 import argparse
@@ -55,7 +55,8 @@ SETTINGS = {
 OPTIONS = ["--elastic", "--restarts", str(RESTARTS), "--grace-period", str(GRACE)]
 MAX_FAULTS = 4
 # Seconds until SIGCONT: less and more than the heartbeat timeout.
-KIND_WEIGHTS = {"SIGKILL": 5, "SIGSTOP": 3, "SIGSTOP 2 s": 1, "SIGSTOP 9 s": 2}
+KIND_WEIGHTS = {"SIGKILL": 5, "SIGSTOP": 3, "SIGTERM": 2}
+KIND_WEIGHTS |= {"SIGSTOP 2 s": 1, "SIGSTOP 9 s": 2}
 LAUNCHER_SHARE, START_UP_SHARE = 0.05, 0.8
 # A failure is noticed after the heartbeat timeout and the synchronisation that it
 # interrupted, a process 0 that hangs after the grace period, twice if the next fault
@@ -83,7 +84,8 @@ def fault_free_error():
 def run_job(seed, baseline_error):
     """Runs a job to its end; returns its record."""
     rng = random.Random(seed)
-    record = {"seed": seed, "processes": rng.choice((3, 4)), "violations": []}
+    record = {"jax": jax.__version__, "seed": seed, "violations": []}
+    record["processes"] = rng.choice((3, 4))
     record["overlap"] = rng.random() < 0.25
     with tempfile.TemporaryDirectory() as directory:
         settings = SETTINGS | {"directory": directory, "overlap": record["overlap"]}
@@ -258,8 +260,7 @@ def main():
     if options.out.exists():
         records = json.loads(options.out.read_text())["jobs"]
     baseline, deadline = fault_free_error(), time.monotonic() + 60 * options.minutes
-    about = {"jax": jax.__version__, "fault_free_error": baseline}
-    about |= {"settings": SETTINGS, "launch": OPTIONS}
+    about = {"fault_free_error": baseline, "settings": SETTINGS, "launch": OPTIONS}
 
     def count():
         return sum(len(record["faults"]) for record in records)

@@ -33,4 +33,28 @@ MUTANTS = {
         '"rule": {}',
         "checkpoint/test_metadata.py -k by_name",
     ),
+    "does not compare the digests of leaves": Mutant(
+        "checkpoint/metadata.py",
+        "if a != b",
+        "if False",
+        "checkpoint/test_damage.py -k flipped",
+    ),
+    "does not compare the digest of the metadata": Mutant(
+        "checkpoint/metadata.py",
+        "json_digest(values):",
+        "json_digest(values) and False:",
+        "checkpoint/test_damage.py -k metadata",
+    ),
+    "sums words without their positions": Mutant(
+        "checkpoint/digests.py",
+        "_mix(words ^ ",
+        "_mix(words ^ 0 * ",
+        "checkpoint/test_digests.py -k passes",
+    ),
+    "counts positions from the start of each shard": Mutant(
+        "checkpoint/digests.py",
+        "lax.axis_index(names) * n if names else 0",
+        "0",
+        "checkpoint/test_digests.py -k independent",
+    ),
 }

@@ -20,6 +20,7 @@ from harness.selection import in_full
 
 import localsgd_jax as lsgd
 from localsgd_jax.checkpoint import RunCheckpointer
+from localsgd_jax.checkpoint.resize import resize_rows
 
 
 @pytest.mark.parametrize("workers", [1, in_full(3), 4, 12])
@@ -58,6 +59,13 @@ def test_restore_onto_other_number_of_workers(tmp_path, workers):
     ]
     state, _ = cluster.step(new, next(batches_from(cluster, examples_seen)))
     assert int(cluster.sync(state).round) == 2
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_integers_are_copied_from_worker_0(workers):
+    like = jnp.zeros((workers, 2), jnp.int32)
+    resized = resize_rows(jnp.array([[3, 4], [9, 10]]), like)
+    np.testing.assert_array_equal(resized, [[3, 4]] * workers)
 
 
 def test_resized_workers_get_distinct_keys(tmp_path):

@@ -20,6 +20,7 @@ from harness.paths import PROGRAMS, PYTHONPATH
 
 import localsgd_jax as lsgd
 from localsgd_jax.checkpoint import CheckpointError, RunCheckpointer
+from localsgd_jax.checkpoint.storage import CheckpointStorage
 
 ENVIRONMENT = {
     "PYTHONPATH": PYTHONPATH,
@@ -91,3 +92,13 @@ def test_repeated_kills_do_not_change_result(tmp_path):
     assert killed.files == uninterrupted.files
     for name in uninterrupted.files:
         np.testing.assert_array_equal(killed[name], uninterrupted[name])
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_first_process_of_a_process_local_job_writes(tmp_path, monkeypatch, process):
+    monkeypatch.setattr("jax.process_index", lambda: process)
+    storage = CheckpointStorage(
+        tmp_path / "run", max_to_keep=2, process_local=True, read_only=False
+    )
+    assert (tmp_path / "run").exists() == (process == 0)
+    storage.close()

@@ -89,6 +89,37 @@ def test_error_feedback_preserves_the_sum(rule):
     assert np.abs(synced[0] - rounds[0].mean(0)).max() > 1e-4
 
 
+def worker_errors(weights):
+    """Returns the errors of stochastic rounding of equal workers, one row each."""
+    rule = lsgd.quantize(lsgd.average(), 4, rounding="stochastic")
+    rounds = np.tile(random_rounds(1, workers=1), (len(weights), K, 1))
+    _, state = sync_arrays(rule, rounds, weights)
+    return np.asarray(state.local["params"].worker_error)
+
+
+def test_stochastic_rounding_differs_between_workers_and_rounds():
+    first = worker_errors([np.ones(K)])
+    assert len(np.unique(first, axis=0)) == K
+    # A round without active workers leaves the errors zero.
+    second = worker_errors([np.zeros(K), np.ones(K)])
+    assert (first != second).any(axis=1).all()
+
+
+def test_stochastic_mean_is_unbiased():
+    """Worker 0 rounds x = ½ step, and as owner the halves that result from it.
+
+    The mean over workers is ¼ step. Rounding up with the same samples gives ½ step.
+    """
+    step, size = 1 / 7, 4096
+    x = np.zeros((1, 2, size))
+    x[0, 0] = step / 2
+    x[0, :, ::256] = 1  # The scale of each block.
+    rule = lsgd.quantize(lsgd.average(), 4, rounding="stochastic")
+    synced, _ = sync_arrays(rule, x)
+    of_worker_0 = np.delete(synced[0, 0, : size // 2], slice(None, None, 256))
+    np.testing.assert_allclose(of_worker_0.mean() / step, 0.25, atol=0.03)
+
+
 @with_and_without_weights
 def test_top_k(weights):
     rule = lsgd.top_k(lsgd.average(), 0.2)

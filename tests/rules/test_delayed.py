@@ -45,6 +45,14 @@ def test_delay_synchronises_the_snapshot():
     np.testing.assert_allclose(synced[3], np.tile(x[2].mean(0), (K, 1)), atol=1e-6)
 
 
+def test_delay_keeps_the_snapshot_of_inactive_workers():
+    x, start = random_rounds(2), np.ones(N)
+    weights = [np.array([1.0, 1, 0, 1]), np.ones(K)]
+    synced, _ = sync_arrays(lsgd.delay(lsgd.average()), x, weights, start)
+    snapshots = np.where(weights[0][:, None] > 0, x[0], start)
+    np.testing.assert_allclose(synced[1][0], snapshots.mean(axis=0), atol=1e-6)
+
+
 @pytest.mark.parametrize("rule", [lsgd.overlap, lsgd.delay])
 def test_function_instead_of_rule_raises(rule):
     with pytest.raises(TypeError, match=rf"{rule.__name__}\(rule\): a SyncRule"):

@@ -35,6 +35,15 @@ def test_trimmed_mean(workers, fraction):
     np.testing.assert_allclose(synced[:, 0], kept.mean(axis=1), atol=1e-6)
 
 
+def test_trimmed_mean_counts_active_workers():
+    """Of 8 workers 4 are active: a quarter is one worker at each end, not two."""
+    x = random_rounds(1, 8)
+    weights = np.array([1.0, 0, 2, 0, 1, 0, 0, 1])
+    synced, _ = sync_arrays(lsgd.trimmed_mean(0.25), x, [weights])
+    kept = np.sort(x[0, weights > 0], axis=0)[1:3]
+    np.testing.assert_allclose(synced[0][0], kept.mean(axis=0), atol=1e-6)
+
+
 def test_two_outliers_of_five_do_not_move_median_and_trimmed_mean():
     x = random_rounds(1, 5)
     x[0, 3:] = [[1e9], [-1e9]] * np.ones((2, N))
@@ -76,6 +85,32 @@ def test_outliers_are_dropped():
     synced, state = sync_arrays(tolerant, x)
     np.testing.assert_allclose(synced[9][0], x[9].mean(0), rtol=1e-4)
     assert dropped_workers(state) == 0
+
+
+@pytest.mark.parametrize("outlier, dropped", [(1, 0), (2, 1)])
+def test_warm_up_ends_after_its_rounds(outlier, dropped):
+    """The first `warm_up` rounds drop finite workers never, the next does."""
+    x = np.cumsum(1 + 0.1 * random_rounds(outlier + 1), axis=0)
+    x[outlier, 1] += 1000
+    rule = lsgd.drop_outliers(lsgd.average(), threshold=6, warm_up=2)
+    _, state = sync_arrays(rule, x)
+    assert dropped_workers(state) == dropped
+
+
+def test_running_moments_of_outlier_removal():
+    x, decay = random_rounds(3), 0.75
+    _, state = sync_arrays(lsgd.drop_outliers(lsgd.average(), decay=decay), x)
+    anchor, mean, variance = np.zeros(N), None, None
+    for values in x:
+        log_norms = np.log(np.linalg.norm(anchor - values, axis=1))
+        first, anchor = mean is None, values.mean(axis=0)
+        old = log_norms.mean() if first else mean
+        mean = decay * old + (1 - decay) * log_norms.mean()
+        deviation = ((log_norms - mean) ** 2).mean()
+        variance = deviation if first else decay * variance + (1 - decay) * deviation
+    moments = state.shared["params"]
+    np.testing.assert_allclose(moments.mean, mean, rtol=1e-5)
+    np.testing.assert_allclose(moments.variance, variance, rtol=1e-4)
 
 
 def test_all_outliers_restore_anchor():

@@ -49,6 +49,12 @@ def test_fragments_cover_the_tree_exactly_once(name, n, split_axis):
     assert sum(bytes_per_fragment(tree, groups)) == total
 
 
+def test_rows_belong_to_the_fragment_of_their_midpoint():
+    groups = assign_fragments([np.zeros((4, 2), np.float32)], 3, split_axis=0)
+    bounds = [(part.start, part.stop) for (part,) in groups]
+    assert bounds == [(0, 1), (1, 3), (3, 4)]
+
+
 @pytest.mark.parametrize("n", [2, 3, 5])
 def test_fragments_are_balanced_if_the_leaves_allow(n):
     tree = [np.zeros(20 + i, np.float32) for i in range(60)]

@@ -35,6 +35,19 @@ def test_update_applies_after_dispatched_steps():
     assert [t for t in range(1, 30) if schedule(t)] == [4, 12, 20, 28]
 
 
+def test_drift_triggered_halves_downwards_and_is_bounded():
+    schedule = lsgd.drift_triggered(3, threshold=1.0, max_period=5)
+    schedule.update({"step": 3, "consensus_distance": 2.0}, step=3)
+    assert schedule.period == 1
+    schedule.update({"step": 4, "consensus_distance": 2.0}, step=4)
+    assert schedule.period == 1
+    steps = [schedule.period]
+    for step in (5, 7, 11):
+        schedule.update({"step": step, "consensus_distance": 0.1}, step=step)
+        steps.append(schedule.period)
+    assert steps == [1, 2, 4, 5]
+
+
 def test_period_shrinks_when_drift_exceeds_threshold():
     cluster, state, batches = drifting_cluster(lsgd.with_diagnostics(lsgd.average()))
     schedule = lsgd.drift_triggered(8, threshold=2.0, max_period=16)

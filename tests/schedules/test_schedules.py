@@ -64,6 +64,12 @@ def test_qsr_is_equal_for_python_and_traced_ints():
     assert schedule.steps(400)[0] == 16
 
 
+def test_qsr_tolerates_float32_division():
+    """0.9/0.3 is 2.9999998 in float32, and its square must not round down to 8."""
+    schedule = lsgd.qsr(optax.constant_schedule(0.3), 0.9, 2)
+    assert schedule.steps(27) == [9, 18, 27]
+
+
 def test_qsr_fixes_the_length_at_the_start_of_a_round():
     """The rate falls at step 6, within the round 6 to 10, which keeps its length."""
     falling = optax.piecewise_constant_schedule(0.2, {6: 0.5})

@@ -49,6 +49,11 @@ def test_delayed_schedules_add_a_second_step_per_round(schedule, delayed, offset
             r"two indices of evenly_spaced\(10, 4\), got 2",
         ),
         (
+            lambda: lsgd.with_lag(lsgd.every(6), 6),
+            ValueError,
+            r"with_lag\(schedule, tau\): tau must be smaller than the 6 steps .* got 6",
+        ),
+        (
             lambda: lsgd.with_lag(lsgd.every(6), 0),
             ValueError,
             r"with_lag\(tau\): tau must be at least 1, got 0",

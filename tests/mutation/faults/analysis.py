@@ -213,4 +213,16 @@ MUTANTS = {
         "if frame",
         "analysis/test_hlo.py -k user_frame",
     ),
+    "counts one axis of an all-reduce": Mutant(
+        "analysis/jaxpr_bytes.py",
+        "for name in names if",
+        "for name in names[:1] if",
+        "analysis/test_jaxpr_bytes.py -k psum",
+    ),
+    "counts a permutation as an all-to-all": Mutant(
+        "analysis/jaxpr_bytes.py",
+        '"ppermute": "collective-permute"',
+        '"ppermute": "all-to-all"',
+        "analysis/test_jaxpr_bytes.py -k ppermute",
+    ),
 }

@@ -57,4 +57,10 @@ MUTANTS = {
         "0",
         "checkpoint/test_digests.py -k independent",
     ),
+    "averages integers of workers": Mutant(
+        "checkpoint/resize.py",
+        "jnp.issubdtype(rows.dtype, jnp.inexact)",
+        "jnp.issubdtype(rows.dtype, jnp.number)",
+        "checkpoint/test_resize.py -k integers",
+    ),
 }

@@ -240,4 +240,52 @@ MUTANTS = {
         "normalized = jnp.ones_like(weights) / len(weights)",
         "rules/test_diagnostics.py -k match_reference",
     ),
+    "rounds stochastically with one key for all workers": Mutant(
+        "rules/compression.py",
+        "jax.random.fold_in(round_key, index)",
+        "round_key",
+        "rules/test_compression.py -k between_workers_and_rounds",
+    ),
+    "rounds stochastically with one key for all rounds": Mutant(
+        "rules/compression.py",
+        "jax.random.fold_in(jax.random.key(seed), context.round)",
+        "jax.random.key(seed)",
+        "rules/test_compression.py -k between_workers_and_rounds",
+    ),
+    "rounds a mean with the key of the message": Mutant(
+        "rules/compression.py",
+        "codec.encode(chunk, keys[1])",
+        "codec.encode(chunk, keys[0])",
+        "rules/test_compression.py -k unbiased",
+    ),
+    "trims by the number of all workers": Mutant(
+        "rules/robust.py",
+        "jnp.floor(fraction * num_active + 1e-4)",
+        "jnp.floor(jnp.float32(fraction * len(values)) + 1e-4)",
+        "rules/test_robust.py -k counts_active",
+    ),
+    "warms up one round longer": Mutant(
+        "rules/robust.py",
+        "(old.rounds < warm_up)",
+        "(old.rounds <= warm_up)",
+        "rules/test_robust.py -k warm_up_ends",
+    ),
+    "takes the variance around the old mean": Mutant(
+        "rules/robust.py",
+        "(log_norms - mean) ** 2",
+        "(log_norms - state.mean) ** 2",
+        "rules/test_robust.py -k running_moments",
+    ),
+    "takes snapshots of inactive workers": Mutant(
+        "rules/delayed.py",
+        "snapshot = where(active, tree, state.local[0])",
+        "snapshot = tree",
+        "rules/test_delayed.py -k inactive",
+    ),
+    "ends a fragment at the end of a row": Mutant(
+        "rules/streaming.py",
+        "(j + 0.5)",
+        "(j + 1)",
+        "rules/test_streaming.py -k midpoint",
+    ),
 }

@@ -27,4 +27,22 @@ MUTANTS = {
         "[end for end in self.round_ends if end <= self.last_step]",
         "schedules/test_adaptive.py -k dispatched",
     ),
+    "halves a period upwards": Mutant(
+        "schedules/adaptive.py",
+        "max(1, length // 2)",
+        "max(1, (length + 1) // 2)",
+        "schedules/test_adaptive.py -k halves_downwards",
+    ),
+    "accepts an offset equal to the spacing": Mutant(
+        "schedules/streaming.py",
+        "tau < spacing",
+        "tau <= spacing",
+        "schedules/test_streaming.py -k invalid",
+    ),
+    "rounds a QSR length down in float32": Mutant(
+        "schedules/growing.py",
+        "ratio**2 * (1 + 1e-6)",
+        "ratio**2",
+        "schedules/test_schedules.py -k tolerates",
+    ),
 }

@@ -15,8 +15,9 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks/README
 PAGES += [path for path in sorted(DOCS.rglob("*.md")) if "_build" not in path.parts]
 PUBLIC_PACKAGES = [
     *("localsgd_jax", "localsgd_jax.analysis", "localsgd_jax.asynchronous"),
-    *("localsgd_jax.checkpoint", "localsgd_jax.data", "localsgd_jax.distributed"),
-    *("localsgd_jax.execution", "localsgd_jax.fault_tolerance", "localsgd_jax.flax"),
+    *("localsgd_jax.checkpoint", "localsgd_jax.data", "localsgd_jax.decoupled"),
+    *("localsgd_jax.distributed", "localsgd_jax.execution"),
+    *("localsgd_jax.fault_tolerance", "localsgd_jax.flax"),
     *("localsgd_jax.planning", "localsgd_jax.rules", "localsgd_jax.schedules"),
     *("localsgd_jax.theory", "localsgd_jax.training"),
 ]

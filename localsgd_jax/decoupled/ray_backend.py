@@ -1,0 +1,107 @@
+"""Import and start of Ray, and signals to its processes."""
+
+import contextlib
+import os
+import signal
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+_OBJECT_STORE_BYTES = 200 * 2**20
+
+
+def import_ray(call: str) -> ModuleType:
+    """Imports ray or raises an ImportError with the install command."""
+    # Without this variable Ray listens on the address of the network interface.
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    try:
+        import ray
+    except ImportError:
+        raise ImportError(f"{call}() needs Ray: pip install 'ray[default]'") from None
+    return ray
+
+
+def connect(ray: ModuleType, address: str | None, cpus: int) -> bool:
+    """Connects to a cluster, or starts Ray on this machine.
+
+    Args:
+      ray: the module.
+      address: address of a cluster, "auto", or None for this machine.
+      cpus: logical CPUs of this machine.
+
+    Returns:
+      Whether Ray was started or connected by this call.
+
+    Raises:
+      ConnectionError: if there is no cluster at the address, or it has another version
+        of Ray or Python.
+    """
+    if ray.is_initialized():
+        return False
+    options: dict[str, Any] = {"logging_level": "error", "log_to_driver": False}
+    if address is None:
+        options |= {
+            "num_cpus": cpus,
+            "include_dashboard": False,
+            "object_store_memory": _OBJECT_STORE_BYTES,
+        }
+    else:
+        options["address"] = address
+    try:
+        ray.init(**options)
+    except (ConnectionError, RuntimeError) as error:
+        line = str(error).strip().splitlines()[0]
+        raise ConnectionError(f"run(address={address!r}): {line}") from error
+    return True
+
+
+def check_room(ray: ModuleType, learners: int, resources: Mapping[str, float]) -> None:
+    """Raises unless the cluster can hold the least number of learners.
+
+    Args:
+      ray: the module.
+      learners: least number of learners.
+      resources: resources of each.
+
+    Raises:
+      RuntimeError: names the first resource of which there is too little.
+    """
+    total = ray.cluster_resources()
+    for name, amount in resources.items():
+        if total.get(name, 0) < learners * amount:
+            raise RuntimeError(
+                f"run(resources): {learners} learners need {learners * amount:g} "
+                f"{name}, the cluster has {total.get(name, 0):g}"
+            )
+
+
+def actor_options(resources: Mapping[str, float]) -> dict[str, Any]:
+    """Returns the options of an actor with these resources."""
+    known = {"CPU": "num_cpus", "GPU": "num_gpus"}
+    options: dict[str, Any] = {
+        known[name]: amount for name, amount in resources.items() if name in known
+    }
+    options.setdefault("num_cpus", 0)
+    others = {name: x for name, x in resources.items() if name not in known}
+    return options | {"resources": others}
+
+
+def kill_process(ray: ModuleType, node: str, pid: int) -> None:
+    """Sends SIGKILL to a process of a node, also if it is stopped.
+
+    Args:
+      ray: the module.
+      node: id of the node.
+      pid: id of the process.
+    """
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    strategy = NodeAffinitySchedulingStrategy(node, soft=False)
+    task = ray.remote(_send_kill).options(num_cpus=0, scheduling_strategy=strategy)
+    ray.wait([task.remote(pid)], timeout=10)
+
+
+def _send_kill(pid: int) -> None:
+    """Sends SIGKILL to a process of this node."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)

@@ -1,0 +1,123 @@
+"""Decoupled jobs on Ray, with real processes and signals."""
+
+import os
+import signal
+import time
+
+import pytest
+from harness.decoupled_jobs import full_loss, make_job
+from harness.decoupled_processes import DecoupledProcess
+
+from localsgd_jax import decoupled
+
+pytest.importorskip("ray", reason="pip install -e '.[decoupled]'")
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+STEPS = 1600
+
+
+def undisturbed_loss(**changes):
+    """Returns the loss of the job on a virtual clock with equal speeds."""
+    job = make_job(steps=STEPS, merge=decoupled.quorum(3, 0.5), **changes)
+    return full_loss(decoupled.simulate(job, decoupled.Clock(4))[0])
+
+
+def contributed(rows, learner, count=1, after=0.0):
+    """Returns whether a learner has contributed so often since a time."""
+    times = [r["now"] for r in rows if learner in r["learners"] and r["now"] > after]
+    return len(times) >= count
+
+
+def started(rows):
+    return all(contributed(rows, k, 2) for k in range(4))
+
+
+def all_contributed(rows, after):
+    return all(contributed(rows, k, 1, after) for k in range(4))
+
+
+def returned(rows, after):
+    """Returns whether a learner was removed, joined, and all have contributed."""
+    later = [row for row in rows if row["now"] > after]
+    removed = [row["now"] for row in later if row["members"] == 3]
+    joined = [
+        r["now"]
+        for r in later
+        if removed and r["now"] > removed[0] and r["members"] == 4
+    ]
+    return bool(joined) and all_contributed(rows, joined[0])
+
+
+def run(tmp_path, **changes):
+    settings = {"learners": 4, "steps": STEPS, "quorum": [3, 0.5]}
+    return DecoupledProcess(checkpoint=str(tmp_path), **settings | changes)
+
+
+def check(result):
+    assert result["steps"] == STEPS and result["equal"] and not result["different"]
+    assert result["loss"] == pytest.approx(undisturbed_loss(), rel=0.02)
+
+
+def test_killed_and_stopped_learners_do_not_stop_the_others(tmp_path):
+    with run(tmp_path) as job:
+        job.wait_for(started)
+        killed, stopped = job.pids("learner")[:2]
+        os.kill(stopped, signal.SIGSTOP)
+        time.sleep(3)
+        os.kill(stopped, signal.SIGCONT)
+        moment = time.monotonic()
+        os.kill(killed, signal.SIGKILL)
+        job.wait_for(
+            lambda rows: all(contributed(rows, k, 1, moment) for k in range(4))
+        )
+        print("seconds from kill to the next contribution", time.monotonic() - moment)
+        check(job.end())
+
+
+def test_killed_syncer_continues_without_loss(tmp_path):
+    with run(tmp_path, save_every=50) as job:
+        job.wait_for(started)
+        (syncer,) = job.pids("syncer")
+        moment = time.monotonic()
+        os.kill(syncer, signal.SIGKILL)
+        job.wait_for(
+            lambda rows: all(contributed(rows, k, 1, moment) for k in range(4))
+        )
+        check(job.end())
+
+
+def test_killed_job_resumes_with_another_number_of_learners(tmp_path):
+    with run(tmp_path, save_every=50) as job:
+        job.wait_for(started)
+        last = job.rows[-1]
+    with run(tmp_path, learners=2, save_every=50, quorum=[3, 0.5]) as job:
+        job.wait_for(lambda rows: any(row["merge"] > last["merge"] for row in rows))
+        result = job.end()
+    assert result["reissued"] <= 4
+    check(result)
+    merges = [row["merge"] for row in job.rows]
+    assert merges == list(range(1, len(merges) + 1))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"fragments": 2, "bits": 4}, {"overlap": 2, "bits": 8}]
+)
+def test_fragments_overlap_and_codecs_run_on_ray(tmp_path, changes):
+    with run(tmp_path, **changes) as job:
+        result = job.end()
+    assert result["equal"] and not result["different"]
+    assert result["steps"] == STEPS // changes.get("fragments", 1)
+
+
+def test_missing_resources_raise_one_line():
+    job = DecoupledProcess(learners=2, steps=8, resources={"GPU": 1.0})
+    with job:
+        job.process.wait(240)
+    message = "run(resources): 2 learners need 2 GPU, the cluster has 0"
+    assert message in "".join(job.output)
+
+
+def test_learner_that_fails_again_and_again_raises():
+    with DecoupledProcess(learners=2, steps=8, pause=-1.0, restarts=1) as job:
+        job.process.wait(240)
+    text = "".join(job.output)
+    assert "2 are needed, 1 remain" in text and "sleep length" in text

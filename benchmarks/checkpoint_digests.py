@@ -63,8 +63,8 @@ def make_state(devices: int, megabytes: int) -> tuple[Cluster, State]:
         cluster = lsgd.on_mesh(algorithm, mesh)
         params = jax.device_put(params, NamedSharding(mesh, P("fsdp")))
     state = cluster.init(params)
-    noisy = jax.tree.map(lambda x: x + (x.ndim > 1) * jnp.cos(x + 1), state)
-    return cluster, jax.tree.map(lambda x, y: x.astype(y.dtype), noisy, state)
+    perturbed = jax.tree.map(lambda x: x + (x.ndim > 1) * jnp.cos(x + 1), state)
+    return cluster, jax.tree.map(lambda x, y: x.astype(y.dtype), perturbed, state)
 
 
 @contextlib.contextmanager
@@ -115,8 +115,8 @@ def measure(devices: int, megabytes: int, repeats: int) -> dict[str, float]:
     runs = [save_and_restore(cluster, state) for _ in range(repeats)]
     median = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
 
-    def share(digests: str, whole: str) -> float:
-        return 100 * statistics.median(run[digests] / run[whole] for run in runs)
+    def share(digests: str, total: str) -> float:
+        return 100 * statistics.median(run[digests] / run[total] for run in runs)
 
     return {
         "devices": devices,

@@ -28,6 +28,7 @@ from jax.sharding import PartitionSpec as P
 
 from localsgd_jax.distributed.arrays import to_host
 from localsgd_jax.execution.layout import axis_names
+from localsgd_jax.execution.shard_mapping import map_shards
 
 # Finalisers of 32-bit hash functions: multipliers and shifts of MurmurHash3
 # (A. Appleby, 2011) and of lowbias32 (C. Wellons, 2018).
@@ -81,23 +82,11 @@ def _digest_program(
     entries = list(map(axis_names, sharding.spec))
     entries += [()] * (len(shape) - len(entries))
 
-    def digest(shard: jax.Array) -> jax.Array:
-        starts = [
-            lax.axis_index(names) * n if names else 0
-            for names, n in zip(entries, shard.shape, strict=True)
-        ]
+    def digest(shard: jax.Array, starts: Sequence[Any]) -> jax.Array:
         return _digest(shard, has_rows, shape, starts)
 
     out_spec = P(*([] if has_rows else [None]), *(names or None for names in entries))
-    return jax.jit(
-        jax.shard_map(
-            digest,
-            mesh=sharding.mesh,
-            in_specs=sharding.spec,
-            out_specs=out_spec,
-            check_vma=False,
-        )
-    )
+    return jax.jit(map_shards(digest, sharding, out_spec))
 
 
 def _digest(

@@ -64,7 +64,7 @@ def test_read_only_directory_must_exist(tmp_path, cluster):
         RunCheckpointer(tmp_path / "run", cluster, read_only=True)
 
 
-def test_job_whose_directory_was_taken_cannot_save(tmp_path, cluster):
+def test_job_cannot_save_into_a_directory_of_another(tmp_path, cluster):
     """On a file system that does not enforce flock between hosts."""
     state = cluster.init(initial_state())
     checkpointer = RunCheckpointer(tmp_path, cluster)
@@ -88,8 +88,8 @@ def test_removed_or_replaced_directory_raises(tmp_path, cluster, replace):
     checkpointer.close()
 
 
-@pytest.mark.parametrize("alive", [True, False])
-def test_file_system_without_flock(tmp_path, cluster, monkeypatch, alive):
+@pytest.mark.parametrize("running", [True, False])
+def test_file_system_without_flock(tmp_path, cluster, monkeypatch, running):
     """The process id decides on the same host."""
 
     def unsupported(*arguments):
@@ -97,13 +97,13 @@ def test_file_system_without_flock(tmp_path, cluster, monkeypatch, alive):
 
     monkeypatch.setattr(fcntl, "flock", unsupported)
     pid = os.getpid()
-    if not alive:
+    if not running:
         ended = subprocess.Popen(["true"])
         ended.wait()
         pid = ended.pid
     owner = {"pid": pid, "host": socket.gethostname(), "since": "noon", "token": "1"}
     (tmp_path / ".lock").write_text(json.dumps(owner))
-    if alive:
+    if running:
         with pytest.raises(CheckpointError, match=f"in use by pid {pid} on host"):
             RunCheckpointer(tmp_path, cluster)
     else:

@@ -20,7 +20,7 @@ from localsgd_jax.checkpoint.resize import stored_rows
 
 
 def save(directory, workers, fsdp, model=1, rule=None):
-    """Saves and returns a state whose workers differ."""
+    """Saves and returns a state with different workers."""
     cluster, mesh = make_cluster(workers, fsdp, model, rule)
     state = different_workers(cluster.init(initial_params(mesh)))
     with RunCheckpointer(directory, cluster) as checkpointer:

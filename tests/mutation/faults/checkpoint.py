@@ -52,9 +52,9 @@ MUTANTS = {
         "checkpoint/test_digests.py -k passes",
     ),
     "counts positions from the start of each shard": Mutant(
-        "checkpoint/digests.py",
-        "lax.axis_index(names) * n if names else 0",
-        "0",
+        "execution/shard_mapping.py",
+        "function(shard, [start[0] for start in starts])",
+        "function(shard, [0 for start in starts])",
         "checkpoint/test_digests.py -k independent",
     ),
     "averages integers of workers": Mutant(

@@ -7,6 +7,7 @@ from localsgd_jax.analysis import compilation
 from localsgd_jax.analysis.collective_op import CollectiveOp, filter_by_axis
 from localsgd_jax.analysis.ops import parse_collective_ops
 from localsgd_jax.analysis.table import format_table
+from localsgd_jax.core.validation import check_names
 
 
 class UnexpectedCollectiveError(AssertionError):
@@ -46,6 +47,7 @@ def assert_no_collectives(
       The collectives along other axes.
 
     Raises:
+      TypeError: if an argument has the wrong type.
       UnexpectedCollectiveError: an AssertionError with a table of the collectives and
         their source locations.
       ValueError: if no mesh is known or it has no such axis, or if the check would be
@@ -65,12 +67,14 @@ def assert_no_collectives(
       ...     error.collectives[0].name, error.collectives[0].axes
       ('all-reduce', ('worker',))
     """
-    names = (axis,) if isinstance(axis, str) else tuple(axis)
-    compiled = compilation.compile_program(step, args, kwargs)
+    call = "assert_no_collectives"
+    names = check_names(f"{call}(axis)", "axis", axis)
+    compilation.check_mesh(f"{call}(mesh)", mesh)
+    compiled = compilation.compile_program(f"{call}(step)", step, args, kwargs)
     mesh = compilation.program_mesh(compiled, mesh, (args, kwargs))
     _check_axis_sizes(names, None if mesh is None else mesh.shape)
     text = compiled.as_text()
-    compilation.check_devices("assert_no_collectives(step)", text, mesh)
+    compilation.check_devices(f"{call}(step)", text, mesh)
     ops = parse_collective_ops(text, mesh)
     violations = filter_by_axis(ops, names)
     if violations:

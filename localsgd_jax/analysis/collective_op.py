@@ -6,6 +6,7 @@ from typing import NamedTuple, TypeAlias
 
 from localsgd_jax.analysis.device_layout import Groups
 from localsgd_jax.analysis.hlo import source_locations
+from localsgd_jax.core.validation import check_names, check_type
 
 NOT_UNDERSTOOD = "not understood"
 
@@ -115,6 +116,15 @@ class CollectiveOp(NamedTuple):
         return source_locations.user_frame(self.stack_frames)
 
 
+def check_ops(call: str, ops: Iterable) -> tuple[CollectiveOp, ...]:
+    """Returns collective ops as a tuple; raises a TypeError for anything else."""
+    check_type(call, "ops", ops, Iterable)
+    ops = tuple(ops)
+    for op in ops:
+        check_type(call, "each of the ops", op, CollectiveOp)
+    return ops
+
+
 def filter_by_axis(
     ops: Iterable[CollectiveOp], axis: str | Sequence[str] | None
 ) -> tuple[CollectiveOp, ...]:
@@ -126,8 +136,12 @@ def filter_by_axis(
 
     Returns:
       The matching ops. An op that is not understood matches every axis.
+
+    Raises:
+      TypeError: if an argument has the wrong type.
     """
-    names = {axis} if isinstance(axis, str) else set(axis or ())
+    names = () if axis is None else check_names("filter_by_axis(axis)", "axis", axis)
+    ops, names = check_ops("filter_by_axis(ops)", ops), set(names)
     return tuple(
         op for op in ops if not names or op.axes is None or names & set(op.axes)
     )

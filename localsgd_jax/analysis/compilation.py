@@ -7,12 +7,14 @@ import jax
 
 from localsgd_jax.analysis.device_layout import DeviceLayout, count_devices, make_layout
 from localsgd_jax.analysis.hlo.parser import num_partitions
+from localsgd_jax.core import validation
 
 
-def compile_program(program: Any, args: tuple, kwargs: Mapping) -> Any:
+def compile_program(call: str, program: Any, args: tuple, kwargs: Mapping) -> Any:
     """Compiles a function without running it; returns compiled programs unchanged.
 
     Args:
+      call: the call and argument, for the error message.
       program: a function, jitted or not, or a compiled program.
       args, kwargs: arguments of the function, or their `jax.ShapeDtypeStruct`.
 
@@ -26,8 +28,8 @@ def compile_program(program: Any, args: tuple, kwargs: Mapping) -> Any:
         return program
     if not callable(program):
         raise TypeError(
-            "collective_ops(program): program must be a function or a compiled "
-            f"program, got {program!r}"
+            f"{call}: it must be a function or a compiled program, got "
+            f"{validation.describe(program)}"
         )
     option = "jax_compilation_cache_include_metadata_in_key"
     before = getattr(jax.config, option)
@@ -39,6 +41,14 @@ def compile_program(program: Any, args: tuple, kwargs: Mapping) -> Any:
         return jitted.lower(*args, **kwargs).compile()
     finally:
         jax.config.update(option, before)
+
+
+def check_mesh(call: str, mesh: Any) -> None:
+    """Raises a TypeError unless the argument is a mesh, sizes of axes, or None."""
+    if mesh is None:
+        return
+    kinds = (jax.sharding.Mesh, jax.sharding.AbstractMesh, Mapping)
+    validation.check_type(call, "mesh", mesh, *kinds)
 
 
 def program_mesh(compiled: Any, mesh: Any = None, arguments: Any = ()) -> Any:

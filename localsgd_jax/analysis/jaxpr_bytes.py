@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from localsgd_jax.analysis.ring_bytes import RING_BYTES_FACTOR
+from localsgd_jax.core.validation import check_int, check_type
 
 if TYPE_CHECKING:  # Imports Pallas, which takes a fifth of the import time.
     from jax.extend import core
@@ -50,6 +51,8 @@ def jaxpr_bytes_sent(
       The minimum and maximum bytes, rounded up; equal if nothing is conditional.
 
     Raises:
+      TypeError: if an argument has the wrong type.
+      ValueError: if the size of an axis is below 1.
       NotImplementedError: if a collective is in a loop without a static length.
 
     Example:
@@ -58,6 +61,12 @@ def jaxpr_bytes_sent(
       >>> jaxpr_bytes_sent(mean, {"worker": 4}, jnp.zeros(1000))   # 2 · 3/4 · 4000
       (6000, 6000)
     """
+    call = "jaxpr_bytes_sent"
+    check_type(f"{call}(function)", "function", function, Callable)
+    check_type(f"{call}(axes)", "axes", axes, Mapping)
+    for name, size in axes.items():
+        check_type(f"{call}(axes)", "the name of an axis", name, str)
+        check_int(f"{call}(axes)", "the size of an axis", size, 1)
     traced = jax.make_jaxpr(function, axis_env=list(axes.items()))(*args)
     min_bytes, max_bytes = _jaxpr_bytes(traced.jaxpr, axes)
     return math.ceil(min_bytes), math.ceil(max_bytes)

@@ -7,6 +7,7 @@ from localsgd_jax.analysis.async_ops import merge_chains
 from localsgd_jax.analysis.collective_op import CollectiveOp
 from localsgd_jax.analysis.device_layout import make_layout
 from localsgd_jax.analysis.op_reader import OpReader
+from localsgd_jax.core.validation import check_type
 
 
 def collective_ops(
@@ -56,7 +57,9 @@ def collective_ops(
       >>> collective_ops(cluster.step, cluster.init(0.0), jnp.ones(cluster.num_workers))
       ()
     """
-    compiled = compilation.compile_program(program, args, kwargs)
+    compilation.check_mesh("collective_ops(mesh)", mesh)
+    call = "collective_ops(program)"
+    compiled = compilation.compile_program(call, program, args, kwargs)
     return parse_collective_ops(
         compiled.as_text(), compilation.program_mesh(compiled, mesh, (args, kwargs))
     )
@@ -75,7 +78,10 @@ def parse_collective_ops(text: str, mesh: Any = None) -> tuple[CollectiveOp, ...
       The ops in execution order.
 
     Raises:
+      TypeError: if an argument has the wrong type.
       ValueError: if the text cannot be parsed, or if the mesh is too small for the
         program.
     """
+    check_type("parse_collective_ops(text)", "text", text, str)
+    compilation.check_mesh("parse_collective_ops(mesh)", mesh)
     return merge_chains(OpReader(text, make_layout(mesh)).all_ops())

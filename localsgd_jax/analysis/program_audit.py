@@ -83,7 +83,9 @@ def audit_program(build: Callable, mesh: Mesh, axis: str, kind: str) -> Report:
             f"{describe_result(program)}"
         )
     function, *arguments = program
-    text = compilation.compile_program(function, tuple(arguments), {}).as_text()
+    text = compilation.compile_program(
+        "audit", function, tuple(arguments), {}
+    ).as_text()
     compilation.check_devices("audit", text, mesh)
     ops, is_allowed = parse_collective_ops(text, mesh), ALLOWED_COLLECTIVES[kind]
     violations = tuple(

@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 
-from localsgd_jax.analysis.collective_op import Branch, CollectiveOp, Loop
+from localsgd_jax.analysis.collective_op import Branch, CollectiveOp, Loop, check_ops
 
 _HEADINGS = (
     *("collective", "type", "bytes", "sent ICI", "sent DCN", "axes"),
@@ -27,6 +27,9 @@ def format_table(ops: Iterable[CollectiveOp]) -> str:
     Returns:
       The lines of the table.
 
+    Raises:
+      TypeError: if the ops are no collective ops.
+
     Example:
       >>> groups = ((0, 1, 2, 3, 4, 5, 6, 7),)
       >>> op = CollectiveOp("all-reduce", ("f32",), 80, 140.0, groups, ("worker",),
@@ -34,6 +37,7 @@ def format_table(ops: Iterable[CollectiveOp]) -> str:
       >>> format_table([op]).splitlines()[1].split()[:6]
       ['all-reduce', 'f32', '80', '140', '0', 'worker']
     """
+    ops = check_ops("format_table(ops)", ops)
     rows = [_HEADINGS, *map(_format_row, ops)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)

@@ -9,8 +9,10 @@ from localsgd_jax.analysis.collective_op import (
     Branch,
     CollectiveOp,
     Loop,
+    check_ops,
     filter_by_axis,
 )
+from localsgd_jax.core.validation import check_choice, check_names
 
 # Minimum and maximum bytes.
 _Range: TypeAlias = tuple[float, float]
@@ -43,6 +45,7 @@ def total_bytes_sent(
       is not understood, contributes 0 to the minimum and infinity to the maximum.
 
     Raises:
+      TypeError: if an argument has the wrong type.
       ValueError: if the network is neither.
 
     Example:
@@ -52,10 +55,12 @@ def total_bytes_sent(
       >>> total_bytes_sent([psum]), total_bytes_sent([psum], axis="model")
       ((0, 420.0), (0, 0))
     """
-    if network not in _BYTES_OF_NETWORK:
-        raise ValueError(
-            f'total_bytes_sent(network): must be "ici", "dcn" or None, got {network!r}'
-        )
+    call = "total_bytes_sent"
+    if network is not None:
+        check_choice(f"{call}(network)", "network", network, ("ici", "dcn"))
+    if axis is not None:
+        check_names(f"{call}(axis)", "axis", axis)
+    ops = check_ops(f"{call}(ops)", ops)
     root = _Sequence()
     for op in filter_by_axis(ops, axis):
         root.add(op.control_flow, _BYTES_OF_NETWORK[network](op))

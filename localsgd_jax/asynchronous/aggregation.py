@@ -8,7 +8,12 @@ import jax.numpy as jnp
 import optax
 
 from localsgd_jax.core.types import PyTree
-from localsgd_jax.core.validation import check
+from localsgd_jax.core.validation import (
+    check_number,
+    check_optimizer,
+    check_type,
+    describe,
+)
 
 
 class UpdateContext(NamedTuple):
@@ -90,7 +95,7 @@ def constant_weighting(value: float = 1.0) -> Callable:
       >>> constant_weighting()(7)
       1.0
     """
-    check(value > 0, "constant_weighting(value)", "it must be positive", value)
+    value = check_number("constant_weighting(value)", "value", value, above=0)
     return lambda staleness: value
 
 
@@ -118,7 +123,7 @@ def polynomial_weighting(power: float = 0.5) -> Callable:
       Xie, Koyejo, Gupta, Asynchronous Federated Optimization, 2019.
       arXiv:1903.03934
     """
-    check(power >= 0, "polynomial_weighting(power)", "it must be at least 0", power)
+    power = check_number("polynomial_weighting(power)", "power", power, at_least=0)
     return lambda staleness: (1.0 + staleness) ** -power
 
 
@@ -156,11 +161,7 @@ def server_optimizer(
       Liu et al., Asynchronous Local-SGD Training for Language Modeling, 2024.
       arXiv:2401.09135
     """
-    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
-        raise TypeError(
-            "server_optimizer(optimizer): an optax optimizer is needed, such as "
-            f"optax.sgd(0.7); got {optimizer!r}"
-        )
+    check_optimizer("server_optimizer(optimizer)", optimizer)
     weighting = resolve_weighting("server_optimizer(weighting)", weighting)
 
     def apply(
@@ -197,7 +198,7 @@ def resolve_aggregation(call: str, aggregation: Aggregation | None) -> Aggregati
     if not isinstance(aggregation, Aggregation):
         raise TypeError(
             f"{call}: an Aggregation is needed, such as mean_update(); got "
-            f"{aggregation!r}"
+            f"{describe(aggregation)}"
         )
     return aggregation
 
@@ -212,9 +213,7 @@ def resolve_weighting(call: str, weighting: Callable | None) -> Callable:
     Raises:
       TypeError: if it is neither.
     """
-    if weighting is not None and not callable(weighting):
-        raise TypeError(
-            f"{call}: a function of the staleness is needed, such as "
-            f"polynomial_weighting(); got {weighting!r}"
-        )
-    return weighting or constant_weighting()
+    if weighting is None:
+        return constant_weighting()
+    check_type(call, "weighting", weighting, Callable)
+    return weighting

@@ -7,7 +7,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from localsgd_jax.core.validation import check, check_int
+from localsgd_jax.core.validation import (
+    MAX_INT64,
+    check_int,
+    check_number,
+    check_type,
+    describe,
+)
 from localsgd_jax.schedules.per_worker import resolve_schedules
 
 PerStep = float | Sequence[float] | np.ndarray
@@ -105,7 +111,7 @@ def simulate_events(
       Stich, Local SGD Converges Fast and Communicates Little, 2019, Algorithm 2.
       arXiv:1805.09767
     """
-    workers = check_int("simulate_events(workers)", "it", workers, 1)
+    workers = check_int("simulate_events(workers)", "workers", workers, 1)
     counts = _steps_per_worker(steps, workers)
     due = resolve_schedules("simulate_events(schedule)", schedule, workers)
     shape = (max(counts), workers)
@@ -159,11 +165,11 @@ def random_speeds(
       (5, 2)
     """
     shape = (
-        check_int("random_speeds(steps)", "it", steps, 1),
-        check_int("random_speeds(workers)", "it", workers, 1),
+        check_int("random_speeds(steps)", "steps", steps, 1),
+        check_int("random_speeds(workers)", "workers", workers, 1),
     )
-    in_range = 0 < std < np.inf
-    check(in_range, "random_speeds(std)", "it must be positive and finite", std)
+    std = check_number("random_speeds(std)", "std", std, above=0)
+    seed = check_int("random_speeds(seed)", "seed", seed, 0, MAX_INT64)
     speeds = _broadcast_per_step(
         "random_speeds(speed)", "positive", speed, shape, lambda x: x > 0
     )
@@ -195,6 +201,7 @@ def max_staleness(events: EventTrace) -> np.ndarray:
       Stich, Local SGD Converges Fast and Communicates Little, 2019, Theorem 5.1.
       arXiv:1805.09767
     """
+    check_type("max_staleness(events)", "events", events, EventTrace)
     maximum = np.zeros(events.worker.max() + 1, np.int32)
     np.maximum.at(maximum, events.worker, events.staleness_steps)
     return maximum
@@ -209,7 +216,8 @@ def _steps_per_worker(steps: int | Sequence[int], workers: int) -> list[int]:
             f"simulate_events(steps): one number or {workers} are needed, one for each "
             f"worker, got {len(counts)}"
         )
-    return [check_int("simulate_events(steps)", "it", count, 1) for count in counts]
+    call = "simulate_events(steps)"
+    return [check_int(call, "the number of steps", count, 1) for count in counts]
 
 
 def _broadcast_per_step(
@@ -220,7 +228,7 @@ def _broadcast_per_step(
     Raises:
       ValueError: if the shape is none of these, or a number is not finite and valid.
     """
-    values = np.asarray(value, float)
+    values = _real_array(call, value)
     if values.shape not in ((), shape[1:], shape):
         raise ValueError(
             f"{call}: it must be a number, {shape[1]} numbers or an array of shape "
@@ -229,6 +237,17 @@ def _broadcast_per_step(
     if (bad := ~(np.isfinite(values) & valid(values))).any():
         raise ValueError(f"{call}: it must be finite and {rule}, got {values[bad][0]}")
     return np.broadcast_to(values, shape)
+
+
+def _real_array(call: str, value: object) -> np.ndarray:
+    """Returns numbers as a float array; raises a TypeError if they are no numbers."""
+    try:
+        array = np.asarray(value)
+    except ValueError:
+        array = np.empty(0, object)
+    if array.dtype.kind not in "iuf":
+        raise TypeError(f"{call}: it must be real numbers, got {describe(value)}")
+    return array.astype(float)
 
 
 def _completion_times(speeds: np.ndarray, constant: bool) -> list[float]:

@@ -14,7 +14,7 @@ from localsgd_jax.asynchronous.aggregation import (
     resolve_weighting,
 )
 from localsgd_jax.core.types import PyTree
-from localsgd_jax.core.validation import check, check_int
+from localsgd_jax.core.validation import check_int, check_number
 
 
 class DelayedNesterov(NamedTuple):
@@ -115,15 +115,12 @@ def _check_arguments(
 ) -> None:
     """Raises a ValueError if a number is out of range."""
     call = "delayed_nesterov"
-    positive = learning_rate > 0
-    check(positive, f"{call}(learning_rate)", "it must be positive", learning_rate)
-    check(0 <= momentum < 1, f"{call}(momentum)", "it must be in [0, 1)", momentum)
-    if buffer is None:
-        in_range = 0 <= activation <= 1
-        check(in_range, f"{call}(activation)", "it must be in [0, 1]", activation)
-        return
-    check_int(f"{call}(buffer)", "it", buffer, 1)
-    _check_activation(activation, buffer)
+    name = "learning_rate"
+    check_number(f"{call}({name})", name, learning_rate, above=0)
+    check_number(f"{call}(momentum)", "momentum", momentum, at_least=0, below=1)
+    if buffer is not None:
+        buffer = check_int(f"{call}(buffer)", "buffer", buffer, 1)
+    _check_activation(activation, buffer or 1)
 
 
 def _check_activation(activation: float, n: int) -> None:
@@ -131,9 +128,5 @@ def _check_activation(activation: float, n: int) -> None:
 
     A larger c would apply the momentum more than once in N updates.
     """
-    check(
-        0 <= activation <= 1 / n,
-        "delayed_nesterov(activation)",
-        f"it must be in [0, 1/N] with N = {n}",
-        activation,
-    )
+    call, name = "delayed_nesterov(activation)", "activation"
+    check_number(call, name, activation, at_least=0, at_most=1 / n)

@@ -23,6 +23,7 @@ from localsgd_jax.asynchronous.state import (
     pull,
 )
 from localsgd_jax.core.types import Algorithm, PyTree
+from localsgd_jax.core.validation import check_array_leaves, check_state, check_type
 
 
 def simulate(
@@ -85,11 +86,9 @@ def simulate(
       Stich, Local SGD Converges Fast and Communicates Little, 2019, Algorithm 2.
       arXiv:1805.09767
     """
-    if not isinstance(events, EventTrace):
-        raise TypeError(
-            "simulate(events): an EventTrace from simulate_events() is needed, got "
-            f"{events!r}"
-        )
+    check_type("simulate(algorithm)", "algorithm", algorithm, Algorithm)
+    check_type("simulate(events)", "events", events, EventTrace)
+    check_type("simulate(field)", "field", field, str)
     aggregation = resolve_aggregation("simulate(aggregation)", aggregation)
     workers, steps = int(events.worker.max()) + 1, int(events.step.max())
     slots = int(events.buffer_slot.max()) + 1
@@ -111,9 +110,13 @@ def simulate(
         carry, metrics = jax.lax.scan(body, _SimulatorCarry(state, in_flight), columns)
         return carry.state, jax.tree.map(lambda x: x[step_events], metrics)
 
-    return AsyncCluster(
-        partial(init_state, algorithm, workers, aggregation, field), run, workers
-    )
+    def checked_run(state: AsyncState, batches: PyTree) -> tuple[AsyncState, PyTree]:
+        check_state("run(state)", state, AsyncState)
+        check_array_leaves("run(batches)", "batches", batches)
+        return run(state, batches)
+
+    init = partial(init_state, algorithm, workers, aggregation, field)
+    return AsyncCluster(init, checked_run, workers)
 
 
 class _Event(NamedTuple):
@@ -218,7 +221,7 @@ def _with_row(tree: PyTree, index: jax.Array, row: PyTree) -> PyTree:
 
 
 def _check_batches(batches: PyTree, steps: int, workers: int) -> None:
-    """Raises a ValueError unless all leaves start with `(T, K)`."""
+    """Raises unless all leaves start with `(T, K)`."""
     for path, leaf in jax.tree.leaves_with_path(batches):
         if (shape := jnp.shape(leaf))[:2] != (steps, workers):
             raise ValueError(

@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -32,7 +32,7 @@ from localsgd_jax.asynchronous.thread_group import run_threads
 from localsgd_jax.core.metrics import metrics_by_name
 from localsgd_jax.core.pytrees import stack_leaves
 from localsgd_jax.core.types import Algorithm, PyTree
-from localsgd_jax.core.validation import check_int
+from localsgd_jax.core.validation import check, check_int, check_state, check_type
 from localsgd_jax.schedules.per_worker import resolve_schedules
 
 
@@ -113,7 +113,14 @@ def on_threads(
       Stich, Local SGD Converges Fast and Communicates Little, 2019, Algorithm 2.
       arXiv:1805.09767
     """
-    devices = list(jax.local_devices() if devices is None else devices)
+    check_type("on_threads(algorithm)", "algorithm", algorithm, Algorithm)
+    check_type("on_threads(field)", "field", field, str)
+    devices = jax.local_devices() if devices is None else devices
+    check_type("on_threads(devices)", "devices", devices, Sequence)
+    devices = list(devices)
+    for device in devices:
+        name = "each of the devices"
+        check_type("on_threads(devices)", name, device, jax.Device)
     if not devices:
         raise ValueError("on_threads(devices): at least one is needed, got none")
     aggregation = resolve_aggregation("on_threads(aggregation)", aggregation)
@@ -142,6 +149,11 @@ def throughput(history: History) -> np.ndarray:
       ...             "seconds": np.array([1.0, 2.0, 4.0])})
       array([2., 2.])
     """
+    check_type("throughput(history)", "history", history, Mapping)
+    names = ("worker", "steps", "seconds")
+    missing = [name for name in names if name not in history]
+    rule = f"history must have the columns {', '.join(names)}"
+    check(not missing, "throughput(history)", rule, sorted(history))
     worker = history["worker"]
     steps = np.bincount(worker, history["steps"])
     last = np.zeros(len(steps))
@@ -190,12 +202,15 @@ def _run(
     max_steps_per_dispatch: int = 64,
 ) -> tuple[AsyncState, History]:
     """Starts a thread per worker and joins all of them."""
+    check_state("run(state)", state, AsyncState)
+    check_type("run(batches)", "batches", batches, Iterable)
+    if delay_fn is not None:
+        check_type("run(delay_fn)", "delay_fn", delay_fn, Callable)
     due = resolve_schedules("run(schedule)", schedule, len(devices))
     if steps is not None:
-        steps = check_int("run(steps)", "it", steps, 1)
-    max_steps = check_int(
-        "run(max_steps_per_dispatch)", "it", max_steps_per_dispatch, 1
-    )
+        steps = check_int("run(steps)", "steps", steps, 1)
+    name = "max_steps_per_dispatch"
+    max_steps = check_int(f"run({name})", name, max_steps_per_dispatch, 1)
     queue = WorkQueue(itertools.islice(batches, steps), len(devices))
     server = ParameterServer(programs.apply, state, devices[0])
     enable_x64 = jnp.result_type(float) == np.float64

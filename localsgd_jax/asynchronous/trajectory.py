@@ -65,8 +65,8 @@ def with_snapshots(
       Array([0.5, 2. ], dtype=float32)
     """
     wrapped = resolve_aggregation("with_snapshots(aggregation)", aggregation)
-    count = check_int("with_snapshots(count)", "it", count, 1)
-    every = check_int("with_snapshots(every)", "it", every, 1)
+    count = check_int("with_snapshots(count)", "count", count, 1)
+    every = check_int("with_snapshots(every)", "every", every, 1)
 
     def init(aggregate: PyTree) -> SnapshotState:
         snapshots = jax.tree.map(

@@ -5,8 +5,6 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import jax
-
 from localsgd_jax.checkpoint import metadata
 from localsgd_jax.checkpoint.digests import leaf_digests
 from localsgd_jax.checkpoint.errors import CheckpointError, Damage
@@ -87,7 +85,13 @@ class RunCheckpointer:
         """
         name = "RunCheckpointer"
         validation.check_int(f"{name}(max_to_keep)", "max_to_keep", max_to_keep, 1)
-        validation.check_int(f"{name}(seed)", "seed", seed, 0)
+        largest = validation.MAX_INT64
+        validation.check_int(f"{name}(seed)", "seed", seed, 0, largest)
+        call = f"{name}(directory)"
+        validation.check_type(call, "directory", directory, str, os.PathLike)
+        validation.check_type(f"{name}(cluster)", "cluster", cluster, Cluster)
+        if config is not None:
+            validation.check_type(f"{name}(config)", "config", config, Mapping)
         self._cluster, self._examples_seen = cluster, 0
         self._changed: tuple[str, ...] = ()
         self._fingerprint = metadata.run_fingerprint(cluster, int(seed), config)
@@ -112,7 +116,11 @@ class RunCheckpointer:
           ValueError: if `examples_seen` < 0, or the state was donated.
         """
         seen = validation.check_int(
-            "save(examples_seen)", "examples_seen", examples_seen, 0
+            "save(examples_seen)",
+            "examples_seen",
+            examples_seen,
+            0,
+            validation.MAX_INT64,
         )
         leaves = _checked_leaves("save(state)", state)
         self._storage.check_writable("save(state)")
@@ -187,6 +195,8 @@ class RunCheckpointer:
             field is reset, or `changed` has another name.
         """
         _checked_leaves("restore(state)", state)
+        call, name = "restore(reset_fields)", "reset_fields"
+        validation.check_type(call, name, reset_fields, Iterable)
         names, steps = tuple(reset_fields), self._storage.steps()
         self._changed = _checked_changes(changed)
         if not steps:
@@ -306,19 +316,8 @@ class RunCheckpointer:
 
 def _checked_leaves(call: str, state: State) -> list:
     """Returns the leaves of an argument that must be a state with live buffers."""
-    if not isinstance(state, State):
-        raise TypeError(
-            f"{call}: state must be a State, such as from cluster.init, got "
-            f"{type(state).__name__}"
-        )
-    leaves = state_leaves(state)
-    for leaf in leaves:
-        if isinstance(leaf.value, jax.Array) and leaf.value.is_deleted():
-            raise ValueError(
-                f"{call}: state must not be donated, got a deleted leaf {leaf.path}; "
-                "use the state that the call returned"
-            )
-    return leaves
+    validation.check_state(call, state)
+    return state_leaves(state)
 
 
 def _checked_changes(names: Iterable[str]) -> tuple[str, ...]:

@@ -14,8 +14,22 @@ from localsgd_jax.core.call_names import value_name
 from localsgd_jax.core.pieces import infer_specs, with_specs
 from localsgd_jax.core.prng_keys import forbid_raw_keys
 from localsgd_jax.core.pytrees import promote
-from localsgd_jax.core.types import Algorithm, PyTree, RuleState, SyncContext, SyncRule
-from localsgd_jax.core.validation import check, check_rule
+from localsgd_jax.core.types import (
+    Algorithm,
+    PerWorker,
+    PyTree,
+    RuleState,
+    Sharded,
+    SyncContext,
+    SyncRule,
+)
+from localsgd_jax.core.validation import (
+    check,
+    check_optimizer,
+    check_rules,
+    check_type,
+    describe,
+)
 
 Fields = str | tuple[str, ...]
 Rules = SyncRule | Mapping[Fields, SyncRule] | Mapping[str, SyncRule] | None
@@ -95,15 +109,10 @@ def local_sgd(
       Stich, Local SGD Converges Fast and Communicates Little, 2019, Algorithm 1.
       arXiv:1805.09767
     """
-    if not callable(loss_fn):
-        raise TypeError(
-            f"local_sgd(loss_fn): loss_fn must be callable, got {loss_fn!r}"
-        )
-    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
-        raise TypeError(
-            "local_sgd(optimizer): an optax optimizer is needed, such as "
-            f"optax.sgd(0.1); got {optimizer!r}"
-        )
+    check_type("local_sgd(loss_fn)", "loss_fn", loss_fn, Callable)
+    check_optimizer("local_sgd(optimizer)", optimizer)
+    check_rules("local_sgd(rule)", rule)
+    check_type("local_sgd(has_aux)", "has_aux", has_aux, bool)
     optimizer = optax.with_extra_args_support(optimizer)
     rules = rules_by_field(rule)
     is_corrected = any("correction" in _names(fields) for fields in rules)
@@ -122,14 +131,18 @@ def local_sgd(
         (loss, aux), grad = jax.value_and_grad(scalar_loss, has_aux=True)(params, batch)
         if is_corrected:
             grad = tree_cast_like(optax.tree_utils.tree_add(grad, *correction), grad)
-        updates, opt_state = optimizer.update(
-            grad,
-            opt_state,
-            params,
-            value=loss,
-            grad=grad,
-            value_fn=lambda params: scalar_loss(params, batch)[0],
-        )
+        try:
+            updates, opt_state = optimizer.update(
+                grad,
+                opt_state,
+                params,
+                value=loss,
+                grad=grad,
+                value_fn=lambda params: scalar_loss(params, batch)[0],
+            )
+        except Exception:
+            _check_own("step(state)", "opt_state", opt_state, optimizer.init, params)
+            raise
         metrics = {"loss": loss, "aux": aux} if has_aux else {"loss": loss}
         new_params = optax.apply_updates(params, updates)
         return worker._replace(params=new_params, opt_state=opt_state), metrics
@@ -184,19 +197,14 @@ def from_train_step(train_step: Callable, rule: Rules = None) -> Algorithm:
       ...     return {"params": w, "seen": state["seen"] + 1}, {"w": w}
       >>> algorithm = from_train_step(train_step)
     """
-    if not callable(train_step):
-        raise TypeError(
-            f"from_train_step(train_step): train_step must be callable, got "
-            f"{train_step!r}"
-        )
+    check_type("from_train_step(train_step)", "train_step", train_step, Callable)
+    check_rules("from_train_step(rule)", rule)
     rules = rules_by_field(rule)
     if not rules:
         raise ValueError(
             f"local_sgd(rule): at least one field must have a rule, got {rule!r}; "
             'use {"params": identity()} to synchronise nothing'
         )
-    for field, field_rule in rules.items():
-        check_rule(f"rule for the field {field!r}", field_rule)
     fields = [name for field in rules for name in _names(field)]
     repeated = sorted({name for name in fields if fields.count(name) > 1})
     text = "each field must have one rule"
@@ -222,6 +230,10 @@ def from_train_step(train_step: Callable, rule: Rules = None) -> Algorithm:
     def sync(
         worker: PyTree, state: RuleState, context: SyncContext
     ) -> tuple[PyTree, RuleState]:
+        check_type("sync(state)", "the rule state", state.shared, Mapping)
+        same_fields = state.shared.keys() == rules.keys()
+        text = f"the state must be of rules for the fields {sorted(rules)}"
+        check(same_fields, "sync(state)", text, sorted(state.shared))
         trees, states = {}, {}
         specs = _fields(context.specs, rules)
         for field, tree in _fields(worker, rules).items():
@@ -229,7 +241,12 @@ def from_train_step(train_step: Callable, rule: Rules = None) -> Algorithm:
             field_state = RuleState(state.shared[label], state.local[label])
             call = f"rule for the field {field!r}"
             field_context = context._replace(specs=specs[field])
-            result = rules[field].apply(tree, field_state, field_context)
+            try:
+                result = rules[field].apply(tree, field_state, field_context)
+            except Exception:
+                name, init = f"rule state of {field!r}", rules[field].init
+                _check_own("sync(state)", name, field_state, init, tree)
+                raise
             new_tree, new_state = _check_pair(
                 call, "apply", "(tree, RuleState)", result
             )
@@ -349,6 +366,35 @@ def _check_pair(call: str, function: str, form: str, result: tuple) -> tuple:
     if not isinstance(result, tuple) or len(result) != 2:
         raise TypeError(f"{call}: {function} must return {form}, got {result!r}")
     return result
+
+
+def _check_own(
+    call: str, name: str, state: PyTree, init: Callable, tree: PyTree
+) -> None:
+    """Raises a TypeError if a state is not of the structure that `init` makes.
+
+    Called after an error, because a state of another optimizer or rule fails anywhere.
+    """
+    try:
+        own = jax.eval_shape(lambda: init(tree))
+    except Exception:
+        return
+    expected, actual = map(jax.tree.structure, (_without_rows(own), state))
+    if expected != actual:
+        raise TypeError(
+            f"{call}: the {name} must be of this algorithm, not of another optimizer "
+            f"or rule, got {describe(actual)} instead of {describe(expected)}"
+        )
+
+
+def _without_rows(tree: PyTree) -> PyTree:
+    """Returns the trees inside `PerWorker` and `Sharded`."""
+    wrappers = (PerWorker, Sharded)
+
+    def unwrap(node: PyTree) -> PyTree:
+        return _without_rows(node.tree) if isinstance(node, wrappers) else node
+
+    return jax.tree.map(unwrap, tree, is_leaf=lambda x: isinstance(x, wrappers))
 
 
 def _check_same_structure(call: str, name: str, old: PyTree, new: PyTree) -> None:

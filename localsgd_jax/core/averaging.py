@@ -7,6 +7,7 @@ from localsgd_jax.core import collectives
 from localsgd_jax.core.call_names import call_name
 from localsgd_jax.core.pytrees import where
 from localsgd_jax.core.types import PyTree, RuleState, SyncContext, SyncRule
+from localsgd_jax.core.validation import check_names
 
 
 def average(axis: collectives.Axis = None) -> SyncRule:
@@ -30,7 +31,8 @@ def average(axis: collectives.Axis = None) -> SyncRule:
       A rule without state. It sends one all-reduce of the tree.
 
     Raises:
-      TypeError: at `init`, for a leaf that is not floating point or complex.
+      TypeError: if the axis is no name; at `init`, for a leaf that is not floating
+        point or complex.
       ValueError: at `apply`, if there is no such axis.
 
     Example:
@@ -58,7 +60,7 @@ def average(axis: collectives.Axis = None) -> SyncRule:
         mean, any_active = collectives.mean(tree, context, axis)
         return where(any_active, mean, tree), state
 
-    axes = (axis,) if isinstance(axis, str) else tuple(axis or ())
+    axes = () if axis is None else check_names("average(axis)", "axis", axis)
     name = call_name("average", axis=axis)
     return SyncRule(init, apply, mean_axes=axes, name=name)
 

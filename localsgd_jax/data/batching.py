@@ -6,7 +6,12 @@ import jax
 import numpy as np
 
 from localsgd_jax.core.types import PyTree
-from localsgd_jax.core.validation import check_int
+from localsgd_jax.core.validation import (
+    MAX_INT64,
+    check_array_leaves,
+    check_int,
+    describe,
+)
 
 
 def shuffled_batches(
@@ -59,9 +64,9 @@ def shuffled_batches(
     count = count_examples(f"{call}(data)", data)
     workers = check_int(f"{call}(workers)", "workers", workers, 1)
     batch = check_int(f"{call}(batch)", "batch", batch, 1)
-    seed = check_int(f"{call}(seed)", "seed", seed, 0)
+    seed = check_int(f"{call}(seed)", "seed", seed, 0, MAX_INT64)
     examples_seen = check_int(
-        f"{call}(examples_seen)", "examples_seen", examples_seen, 0
+        f"{call}(examples_seen)", "examples_seen", examples_seen, 0, MAX_INT64
     )
     if batch > count // workers:
         raise ValueError(
@@ -102,7 +107,14 @@ def _epoch_permutation(count: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def count_examples(call: str, data: PyTree) -> int:
-    """Returns the number of examples; raises a ValueError if leaves differ in it."""
+    """Returns the number of examples; raises if leaves differ in it."""
+    check_array_leaves(call, "data", data)
+    for path, leaf in jax.tree.leaves_with_path(data):
+        if not hasattr(leaf, "shape"):
+            raise TypeError(
+                f"{call}: every leaf must be an array, got {describe(leaf)} at "
+                f"{jax.tree_util.keystr(path) or 'the root'}"
+            )
     counts = {
         jax.tree_util.keystr(path) or "the root": np.shape(leaf)[:1]
         for path, leaf in jax.tree.leaves_with_path(data)
@@ -134,15 +146,35 @@ def check_worker_subset(
     """
     if local_workers is None:
         return np.arange(workers)
-    indices = np.asarray(local_workers)
+    indices = index_array(call, "local_workers", local_workers)
     if indices.ndim != 1 or not len(indices) or not _are_distinct(indices, workers):
         raise ValueError(
             f"{call}: local_workers must be a non-empty list of distinct indices in "
             f"[0, {workers}), got {local_workers!r}"
         )
-    if not np.issubdtype(indices.dtype, np.integer):
-        raise TypeError(f"{call}: local_workers must be ints, got {local_workers!r}")
     return indices
+
+
+def index_array(call: str, name: str, indices: object) -> np.ndarray:
+    """Returns indices as an array; raises a TypeError unless they are ints.
+
+    Args:
+      call: public call and argument.
+      name: name of the argument.
+      indices: ints, a sequence or an array.
+
+    Returns:
+      The array; an empty one has an integer dtype.
+    """
+    try:
+        array = np.asarray(indices)
+    except ValueError:
+        array = np.empty(0, object)
+    if not array.size and array.dtype != object:
+        array = array.astype(np.int64)
+    if not np.issubdtype(array.dtype, np.integer):
+        raise TypeError(f"{call}: {name} must be ints, got {describe(indices)}")
+    return array
 
 
 def _are_distinct(indices: np.ndarray, workers: int) -> bool:

@@ -6,8 +6,15 @@ import jax
 import numpy as np
 
 from localsgd_jax.core.types import PyTree
-from localsgd_jax.core.validation import check, check_int
-from localsgd_jax.data.batching import check_worker_subset, count_examples
+from localsgd_jax.core.validation import (
+    MAX_INT64,
+    check,
+    check_int,
+    check_number,
+    check_type,
+    describe,
+)
+from localsgd_jax.data.batching import check_worker_subset, count_examples, index_array
 
 
 def dirichlet_partition(
@@ -25,7 +32,7 @@ def dirichlet_partition(
     examples remain unused.
 
     Args:
-      labels: `(n,)`, ints or other values that NumPy can sort.
+      labels: `(n,)`, integers of any dtype, bools or strings.
       workers: K.
       alpha: concentration, positive; 100 is nearly uniform, 0.1 very uneven.
       seed: seed of the random draws.
@@ -34,7 +41,7 @@ def dirichlet_partition(
       For each worker the indices of its examples, `(n // K,)`.
 
     Raises:
-      TypeError: if workers or seed is not an int.
+      TypeError: if workers or seed is not an int, or labels are no classes.
       ValueError: if an argument is out of range, labels are not `(n,)`, or there are
         fewer examples than workers.
 
@@ -50,14 +57,14 @@ def dirichlet_partition(
     """
     call = "dirichlet_partition"
     workers = check_int(f"{call}(workers)", "workers", workers, 1)
-    seed = check_int(f"{call}(seed)", "seed", seed, 0)
-    labels = np.asarray(labels)
+    seed = check_int(f"{call}(seed)", "seed", seed, 0, MAX_INT64)
+    labels = _class_labels(f"{call}(labels)", labels)
     if labels.ndim != 1 or len(labels) < workers:
         raise ValueError(
             f"{call}(labels): labels must be one-dimensional, with an example for each "
             f"of the {workers} workers, got shape {labels.shape}"
         )
-    check(alpha > 0, f"{call}(alpha)", "alpha must be positive", alpha)
+    alpha = check_number(f"{call}(alpha)", "alpha", alpha, above=0)
     rng = np.random.default_rng(seed)
     _, label_ids, counts = np.unique(labels, return_inverse=True, return_counts=True)
     indices_by_label = [
@@ -75,6 +82,19 @@ def dirichlet_partition(
         shards.append(np.concatenate([indices[:n] for indices, n in pairs]))
         indices_by_label = [indices[n:] for indices, n in pairs]
     return shards
+
+
+def _class_labels(call: str, labels: object) -> np.ndarray:
+    """Returns labels as an array; raises a TypeError unless they are classes."""
+    try:
+        array = np.asarray(labels)
+    except ValueError:
+        array = np.empty(0, object)
+    is_integral = array.dtype.kind == "f" and (array == np.floor(array)).all()
+    if not (array.dtype.kind in "iubUS" or is_integral):
+        rule = "labels must be integers, bools or strings"
+        raise TypeError(f"{call}: {rule}, got {describe(labels)}")
+    return array
 
 
 def partitioned_batches(
@@ -100,7 +120,7 @@ def partitioned_batches(
       data: pytree of arrays with leaves `(n, ...)` for n examples.
       shards: for each worker the indices of its examples, such as from
         `dirichlet_partition`.
-      batch: B, the number of examples per worker and step.
+      batch: B, the number of examples per worker and step; at most n.
       seed: seed of the shuffles.
       examples_seen: number of examples consumed before by all workers together, a
         multiple of K B.
@@ -126,19 +146,23 @@ def partitioned_batches(
     call = "partitioned_batches"
     count = count_examples(f"{call}(data)", data)
     batch = check_int(f"{call}(batch)", "batch", batch, 1)
-    seed = check_int(f"{call}(seed)", "seed", seed, 0)
+    seed = check_int(f"{call}(seed)", "seed", seed, 0, MAX_INT64)
     examples_seen = check_int(
-        f"{call}(examples_seen)", "examples_seen", examples_seen, 0
+        f"{call}(examples_seen)", "examples_seen", examples_seen, 0, MAX_INT64
     )
-    shards = [np.asarray(shard) for shard in shards]
+    check_type(f"{call}(shards)", "shards", shards, Sequence, np.ndarray)
+    name = "the indices of a shard"
+    shards = [index_array(f"{call}(shards)", name, shard) for shard in shards]
     if not shards:
         raise ValueError(f"{call}(shards): at least one shard is needed, got none")
     for k, shard in enumerate(shards):
         if shard.ndim != 1 or not len(shard) or shard.min() < 0 or shard.max() >= count:
             raise ValueError(
                 f"{call}(shards): each shard must be a non-empty array of indices in "
-                f"[0, {count}), got {shard!r} for worker {k}"
+                f"[0, {count}), got {describe(shard)} for worker {k}"
             )
+    rule = f"batch must be at most the {count} examples"
+    check(batch <= count, f"{call}(batch)", rule, batch)
     step, remainder = divmod(examples_seen, len(shards) * batch)
     if remainder:
         raise ValueError(

@@ -13,6 +13,7 @@ import numpy as np
 
 from localsgd_jax.core.pytrees import stack_leaves
 from localsgd_jax.core.types import PyTree
+from localsgd_jax.core.validation import check_array_leaves, describe
 from localsgd_jax.distributed.coordination import CoordinationError, Coordinator
 from localsgd_jax.distributed.meshes import NO_MESH, ambient_mesh
 from localsgd_jax.distributed.mismatches import describe_mismatches
@@ -80,9 +81,11 @@ class Prefetcher:
 
     def _check_structure(self, batch: PyTree) -> tuple:
         """Returns shape and dtype of each leaf; raises if the structure differs."""
+        check_array_leaves("train(batches)", "a batch", batch)
         leaves, structure = jax.tree.flatten(batch)
         if not leaves:
-            raise ValueError(f"train(batches): a batch must hold arrays, got {batch!r}")
+            text = f"a batch must hold arrays, got {describe(batch)}"
+            raise ValueError(f"train(batches): {text}")
         if self._structure is None:
             self._structure = structure
         if structure != self._structure:

@@ -7,8 +7,14 @@ import jax
 import jax.numpy as jnp
 
 from localsgd_jax.core.types import PyTree
-from localsgd_jax.core.validation import check, check_int, check_unit_interval
-from localsgd_jax.rules.codecs import BITS, Codec, float_codec, integer_codec
+from localsgd_jax.core.validation import check, check_int, check_number
+from localsgd_jax.rules.codecs import (
+    BITS,
+    Codec,
+    float_codec,
+    integer_codec,
+    make_codec,
+)
 
 _CHUNK = 4096  # Positions in a chunk fit into 16 bits.
 
@@ -35,7 +41,7 @@ def full_precision() -> Codec:
       >>> full_precision().block_size
       1
     """
-    return Codec(lambda x, key: x, lambda payload: payload, 1)
+    return make_codec(lambda x, key: x, lambda payload: payload, 1)
 
 
 def floats(dtype: jax.typing.DTypeLike = jnp.bfloat16) -> Codec:
@@ -105,7 +111,7 @@ def largest(fraction: float, chunk: int = _CHUNK) -> Codec:
       >>> codec.decode(payload)
       Array([ 0., -3.,  0.,  2.], dtype=float32)
     """
-    check_unit_interval("largest(fraction)", "fraction", fraction)
+    check_number("largest(fraction)", "fraction", fraction, at_least=0, at_most=1)
     check(fraction > 0, "largest(fraction)", "fraction must be above 0", fraction)
     check_int("largest(chunk)", "chunk", chunk, 1)
     check(chunk <= 2**16, "largest(chunk)", "chunk must be at most 65536", chunk)
@@ -123,7 +129,7 @@ def largest(fraction: float, chunk: int = _CHUNK) -> Codec:
         chunks = jnp.arange(rows.shape[0])[:, None]
         return rows.at[chunks, payload.positions].set(payload.values).reshape(-1)
 
-    return Codec(encode, decode, chunk)
+    return make_codec(encode, decode, chunk)
 
 
 def encode_update(

@@ -15,7 +15,7 @@ def import_ray(call: str) -> ModuleType:
     # Without this variable Ray listens on the address of the network interface.
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     try:
-        import ray
+        import ray  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ImportError(f"{call}() needs Ray: pip install 'ray[default]'") from None
     return ray
@@ -94,9 +94,11 @@ def kill_process(ray: ModuleType, node: str, pid: int) -> None:
       node: id of the node.
       pid: id of the process.
     """
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+    from ray.util import (  # pyright: ignore[reportMissingImports]
+        scheduling_strategies,
+    )
 
-    strategy = NodeAffinitySchedulingStrategy(node, soft=False)
+    strategy = scheduling_strategies.NodeAffinitySchedulingStrategy(node, soft=False)
     task = ray.remote(_send_kill).options(num_cpus=0, scheduling_strategy=strategy)
     ray.wait([task.remote(pid)], timeout=10)
 

@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from localsgd_jax.core.types import PyTree
-from localsgd_jax.core.validation import check, check_int, check_positive
+from localsgd_jax.core.validation import check, check_int, check_number
 from localsgd_jax.decoupled.fragments import join
 from localsgd_jax.decoupled.history import History, history_columns
 from localsgd_jax.decoupled.job import Job, shared_params
@@ -92,7 +92,7 @@ def run(
     least, most = _learner_range(learners)
     check_int("run(save_every)", "it", save_every, 1)
     check_int("run(restarts)", "it", restarts, 0)
-    check_positive("run(timeout)", "it", timeout)
+    check_number("run(timeout)", "timeout", timeout, above=0)
     resources = {"CPU": 1.0} if resources is None else dict(resources)
     ray = import_ray("run")
     started = connect(ray, address, most + job.fragments + 1)

@@ -7,7 +7,7 @@ from collections.abc import Generator, Sequence
 from typing import Any, NamedTuple
 
 from localsgd_jax.core.types import PyTree
-from localsgd_jax.core.validation import check_int, check_positive
+from localsgd_jax.core.validation import check_int, check_number
 from localsgd_jax.decoupled.events import Event, Leave, Reply, Tick
 from localsgd_jax.decoupled.fragments import join
 from localsgd_jax.decoupled.history import History, history_columns
@@ -265,7 +265,8 @@ def _per_learner(name: str, value: float | Sequence[float], count: int) -> list[
             f"simulate(clock): {name} must be a number or {count} numbers, got "
             f"{len(values)}"
         )
-    return [check_positive("simulate(clock)", name, number) for number in values]
+    call = "simulate(clock)"
+    return [float(check_number(call, name, number, above=0)) for number in values]
 
 
 def _per_start(clock: Clock) -> list[float]:

@@ -112,8 +112,8 @@ def _validate(
 ) -> ProcessInfo:
     """Returns a process info after checking address and ranges."""
     parse_address(coordinator_address)
-    validation.check_int(call, "num_processes", num_processes, 1)
-    validation.check_int(call, "process_id", process_id, 0)
+    num_processes = validation.check_int(call, "num_processes", num_processes, 1)
+    process_id = validation.check_int(call, "process_id", process_id, 0)
     if process_id >= num_processes:
         raise ValueError(
             f"{call}: process_id must be less than num_processes={num_processes}, got "

@@ -1,7 +1,6 @@
 """Initialisation of a multi-process job: rendezvous, then `jax.distributed`."""
 
 import math
-import numbers
 import os
 from collections.abc import Mapping
 
@@ -94,6 +93,11 @@ def initialize(
         1,
     )
     _check_timeout(timeout)
+    addresses = {
+        "coordinator_address": coordinator_address,
+        "coordinator_bind_address": coordinator_bind_address,
+    }
+    _check_types(addresses, config, recoverable)
     json_config = to_json("initialize(config)", config or {})
     process = resolve_process(coordinator_address, num_processes, process_id, timeout)
     if process is None or process.num_processes == 1:
@@ -154,12 +158,24 @@ def _connect(
         ) from error
 
 
+def _check_types(
+    addresses: Mapping[str, str | None],
+    config: Mapping[str, object] | None,
+    recoverable: bool,
+) -> None:
+    """Raises a TypeError unless addresses, configuration and flag have their types."""
+    call = "initialize"
+    validation.check_type(f"{call}(recoverable)", "recoverable", recoverable, bool)
+    for name, address in addresses.items():
+        if address is not None:
+            validation.check_type(f"{call}({name})", name, address, str)
+    if config is not None:
+        validation.check_type(f"{call}(config)", "config", config, Mapping)
+
+
 def _check_timeout(timeout: float) -> None:
     """Raises if a timeout is not a positive, finite number of seconds."""
-    if isinstance(timeout, bool) or not isinstance(timeout, numbers.Real):
-        raise TypeError(f"initialize(timeout): must be a number, got {timeout!r}")
-    if not 0 < timeout <= MAX_TIMEOUT_SECONDS:
-        raise ValueError(
-            "initialize(timeout): must be positive and at most "
-            f"{MAX_TIMEOUT_SECONDS:g} s, got {timeout!r}"
-        )
+    largest = MAX_TIMEOUT_SECONDS
+    validation.check_number(
+        "initialize(timeout)", "timeout", timeout, above=0, at_most=largest
+    )

@@ -137,10 +137,9 @@ def ambient_mesh(mesh: AbstractMesh | None) -> contextlib.AbstractContextManager
 
 def _check_inner_axes(axis: str, inner_axes: Mapping[str, int] | None) -> dict:
     """Returns the inner axes as a dict after checking names and sizes."""
-    if inner_axes is not None and not isinstance(inner_axes, Mapping):
-        raise TypeError(
-            f"worker_mesh(inner_axes): must map axis names to sizes, got {inner_axes!r}"
-        )
+    if inner_axes is not None:
+        call = "worker_mesh(inner_axes)"
+        validation.check_type(call, "inner_axes", inner_axes, Mapping)
     inner = dict(inner_axes or {})
     for argument, name in [("axis", axis), *(("inner_axes", name) for name in inner)]:
         if not isinstance(name, str) or not name:
@@ -159,10 +158,8 @@ def _check_inner_axes(axis: str, inner_axes: Mapping[str, int] | None) -> dict:
 
 def _check_devices(devices: Sequence[Device]) -> list[Device]:
     """Returns the devices as a list; raises if it is empty or has a duplicate."""
-    if not isinstance(devices, Iterable):
-        raise TypeError(
-            f"worker_mesh(devices): must be a sequence of devices, got {devices!r}"
-        )
+    call = "worker_mesh(devices)"
+    validation.check_type(call, "devices", devices, Iterable)
     checked = list(devices)
     if not checked:
         raise ValueError("worker_mesh(devices): must not be empty, got 0 devices")

@@ -16,6 +16,7 @@ from types import TracebackType
 
 import jax
 
+from localsgd_jax.core import validation
 from localsgd_jax.distributed._jax_internals import coordination_client, is_coordinator
 from localsgd_jax.distributed.background import submit_daemon
 from localsgd_jax.distributed.coordination import job_state
@@ -34,8 +35,13 @@ def exit_process(code: int) -> None:
     whose `initialize` has failed.
 
     Args:
-      code: exit code.
+      code: exit code, from 0 to 255.
+
+    Raises:
+      TypeError: if the code is not an int.
+      ValueError: if it is out of range.
     """
+    code = validation.check_int("exit_process(code)", "code", code, 0, 255)
     is_connected = jax.distributed.is_initialized()
     if not (is_connected or job_state.has_peers):
         return

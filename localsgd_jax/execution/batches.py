@@ -42,6 +42,7 @@ def shard_batch(
     """
     count, axis = layout.num_workers, int(time)
     local = len(layout.local_rows(time))
+    validation.check_array_leaves("shard_batch(batch)", "batch", batch)
     validation.check_worker_axis("shard_batch(batch)", batch, count, axis, local)
     shardings = _batch_shardings(layout, batch_spec, batch, axis)
     if pytrees.is_abstract(batch):

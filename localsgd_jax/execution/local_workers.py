@@ -4,6 +4,7 @@ import jax
 import numpy as np
 
 from localsgd_jax.core.types import Cluster
+from localsgd_jax.core.validation import check_type
 from localsgd_jax.distributed.arrays import local_rows
 from localsgd_jax.execution.process_local import ProcessCluster
 
@@ -22,6 +23,9 @@ def local_workers(cluster: Cluster | ProcessCluster) -> np.ndarray:
     Returns:
       Global worker indices in ascending order; all K in a job with a single process.
 
+    Raises:
+      TypeError: if the cluster is neither.
+
     Example:
       >>> import jax.numpy as jnp, optax
       >>> import localsgd_jax as lsgd
@@ -29,6 +33,7 @@ def local_workers(cluster: Cluster | ProcessCluster) -> np.ndarray:
       >>> local_workers(lsgd.simulate(algorithm, workers=3))
       array([0, 1, 2])
     """
+    check_type("local_workers(cluster)", "cluster", cluster, Cluster, ProcessCluster)
     if isinstance(cluster, ProcessCluster):
         return np.flatnonzero(np.array(cluster.worker_process) == jax.process_index())
     row = cluster.shard_batch(jax.ShapeDtypeStruct((cluster.num_workers,), np.float32))

@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from localsgd_jax.core import train_state
 from localsgd_jax.core.pytrees import promote
 from localsgd_jax.core.types import PyTree, State
+from localsgd_jax.core.validation import check_names, check_state
 from localsgd_jax.distributed import arrays
 from localsgd_jax.execution.ambient_mesh import in_mesh_of_state
 from localsgd_jax.execution.merged_nodes import is_merged_as_a_unit, merge_unit
@@ -36,7 +37,8 @@ def consensus(state: State, field: str | Sequence[str] | None = "params") -> PyT
       The model, without worker axis.
 
     Raises:
-      ValueError: if the train state has no such field.
+      TypeError: if `state` is not a `State`, or `field` no name.
+      ValueError: if the train state has no such field, or the state was donated.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -47,6 +49,9 @@ def consensus(state: State, field: str | Sequence[str] | None = "params") -> PyT
       >>> consensus(state)
       Array(2., dtype=float32)
     """
+    check_state("consensus(state)", state)
+    if field is not None:
+        check_names("consensus(field)", "field", field)
     fields = select_fields(state.workers, field)
     return in_order(arrays.local_replica(mean_over_workers(fields)), field)
 

@@ -3,6 +3,7 @@
 The only module that uses shard_map and, with `replication`, vmap over workers.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -67,15 +68,16 @@ def simulate(
       >>> cluster.init(jnp.zeros(())).workers.params.shape
       (1024,)
     """
-    names, sizes = as_tuple(axis), as_tuple(workers)
+    names = validation.check_names("simulate(axis)", "axis", axis)
+    sizes = as_tuple(workers)
     if len(names) != len(sizes) or len(set(names)) != len(names):
         raise ValueError(
             "simulate(workers, axis): distinct axis names with one size each are "
             f"required, got {workers!r} for {axis!r}"
         )
-    for size in sizes:
-        validation.check_int("simulate(workers)", "the number of workers", size, 1)
-    _check_algorithm("simulate(algorithm)", algorithm)
+    call, name = "simulate(workers)", "the number of workers"
+    sizes = tuple(validation.check_int(call, name, size, 1) for size in sizes)
+    _check_algorithm("simulate", algorithm, worker_map)
     return _build_cluster(algorithm, Layout.on_device(names, sizes), worker_map)
 
 
@@ -127,19 +129,19 @@ def on_mesh(
       >>> mesh = jax.make_mesh((jax.device_count(),), ("worker",))
       >>> cluster = lsgd.on_mesh(algorithm, mesh, workers=2 * jax.device_count())
     """
-    names = as_tuple(axis)
-    if not isinstance(mesh, Mesh):
-        raise TypeError(f"on_mesh(mesh): it must be a jax.sharding.Mesh, got {mesh!r}")
+    names = validation.check_names("on_mesh(axis)", "axis", axis)
+    validation.check_type("on_mesh(mesh)", "mesh", mesh, Mesh)
     for name in names:
         if name not in mesh.shape:
             raise ValueError(
                 f"on_mesh(mesh, axis={axis!r}): the mesh has the axes "
                 f"{mesh.axis_names}, but no axis {name!r}"
             )
-    _check_algorithm("on_mesh(algorithm)", algorithm)
+    _check_algorithm("on_mesh", algorithm, worker_map)
     positions = math.prod(mesh.shape[name] for name in names)
     workers = positions if workers is None else workers
-    validation.check_int("on_mesh(workers)", "the number of workers", workers, 1)
+    call, name = "on_mesh(workers)", "the number of workers"
+    workers = validation.check_int(call, name, workers, 1)
     if workers % positions:
         raise ValueError(
             f"on_mesh(workers): workers must be a multiple of the {positions} "
@@ -163,18 +165,20 @@ def _build_cluster(
     run_sync = jax.jit(partial(_run_sync, algorithm, layout))
     run_sync_if = jax.jit(partial(_run_sync_if, algorithm, layout))
 
-    # The weights are checked outside jit, where their values are known.
+    # State and weights are checked outside jit, where buffers and values are known.
     def checked_sync(state: State, weight: jax.Array | None = None) -> State:
+        validation.check_state("sync(state)", state)
         return run_sync(state, validation.check_weights(weight, count))
 
     def checked_sync_if(
         due: jax.Array | bool, state: State, weight: jax.Array | None = None
     ) -> State:
+        validation.check_state("sync_if(state)", state)
         return run_sync_if(due, state, validation.check_weights(weight, count))
 
     cluster = Cluster(
         init=partial(_init, algorithm, layout),
-        step=jax.jit(partial(_run_step, step, layout)),
+        step=_explain_arguments(jax.jit(partial(_run_step, step, layout))),
         sync=checked_sync,
         num_workers=count,
         shard_batch=partial(shard_batch, layout, batch_spec),
@@ -185,11 +189,33 @@ def _build_cluster(
     return cluster if layout.mesh is None else in_mesh(layout.mesh, cluster)
 
 
+def _explain_arguments(run_step: Callable) -> Callable:
+    """Adds messages about wrong arguments to a compiled step.
+
+    They are checked after an error only, so that a step has no overhead.
+    """
+
+    @functools.wraps(run_step)
+    def step(state: State, batch: PyTree) -> tuple[State, PyTree]:
+        try:
+            return run_step(state, batch)
+        except (TypeError, AttributeError, RuntimeError):
+            validation.check_state("step(state)", state)
+            validation.check_array_leaves("step(batch)", "batch", batch)
+            validation.check_not_donated("step(batch)", "batch", batch)
+            raise
+
+    return step
+
+
 def _init(
     algorithm: Algorithm, layout: Layout, params: PyTree | Callable[[], PyTree]
 ) -> State:
     """Initialises the state, after comparing the configuration of all processes."""
     mesh, make_params = layout.mesh, None
+    if not callable(params):
+        validation.check_array_leaves("init(params)", "params", params)
+        validation.check_not_donated("init(params)", "params", params)
     if callable(params):
         if mesh is None:
             params = params()
@@ -222,6 +248,7 @@ def _run_step(
     step: Callable, layout: Layout, state: State, batch: PyTree
 ) -> tuple[State, PyTree]:
     """Takes one local step of all workers and increments the step counter."""
+    validation.check_type("step(state)", "state", state, State)
     validation.check_worker_axis("step(state, batch)", batch, layout.num_workers)
     workers, metrics = step(state.workers, batch)
     state = state._replace(step=state.step + 1, workers=workers)
@@ -305,8 +332,6 @@ def _bytes_sent(
 
 def _map_step(step: Callable, worker_map: str, lanes: int) -> Callable:
     """Maps the step of one worker over lanes, leaves `(R, ...)`."""
-    if worker_map not in ("vmap", "map"):
-        raise ValueError(f'worker_map must be "vmap" or "map", got {worker_map!r}')
     if lanes == 1:
         return partial(_unbatched_step, step)
     if worker_map == "vmap":
@@ -409,9 +434,8 @@ def _shard_map(layout: Layout) -> Callable:
     )
 
 
-def _check_algorithm(call: str, algorithm: Algorithm) -> None:
-    """Raises unless the argument is an Algorithm."""
-    if not isinstance(algorithm, Algorithm):
-        raise TypeError(
-            f"{call}: it must come from local_sgd or from_train_step, got {algorithm!r}"
-        )
+def _check_algorithm(call: str, algorithm: Algorithm, worker_map: str) -> None:
+    """Raises unless the arguments are an algorithm and a way to map its step."""
+    validation.check_type(f"{call}(algorithm)", "algorithm", algorithm, Algorithm)
+    choices = ("vmap", "map")
+    validation.check_choice(f"{call}(worker_map)", "worker_map", worker_map, choices)

@@ -3,7 +3,7 @@
 Each process compiles and runs the local steps of its own workers.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
 from typing import NamedTuple
 
@@ -14,9 +14,16 @@ from jax.sharding import Mesh
 
 from localsgd_jax.core.pytrees import is_key, promote
 from localsgd_jax.core.types import Algorithm, Cluster, PyTree, State
+from localsgd_jax.core.validation import (
+    check_choice,
+    check_int,
+    check_names,
+    check_state,
+    check_type,
+)
 from localsgd_jax.distributed.meshes import submesh
 from localsgd_jax.execution.ambient_mesh import without_mesh
-from localsgd_jax.execution.layout import Layout, as_tuple
+from localsgd_jax.execution.layout import Layout
 from localsgd_jax.execution.partition_metadata import shard_params
 from localsgd_jax.execution.placement import on_mesh, simulate
 from localsgd_jax.execution.process_programs import (
@@ -110,6 +117,7 @@ def on_processes(
       The functions for this process.
 
     Raises:
+      TypeError: if an argument has the wrong type.
       ValueError: if a position has devices of several processes, the positions of a
         process are not contiguous, or K is no multiple of the positions.
 
@@ -125,7 +133,13 @@ def on_processes(
       >>> state.workers.params
       Array([2., 2.], dtype=float32)
     """
-    axes = as_tuple(axis)
+    axes = check_names("on_processes(axis)", "axis", axis)
+    check_type("on_processes(algorithm)", "algorithm", algorithm, Algorithm)
+    check_type("on_processes(mesh)", "mesh", mesh, Mesh)
+    if workers is not None:
+        workers = check_int("on_processes(workers)", "workers", workers, 1)
+    choices = ("vmap", "map")
+    check_choice("on_processes(worker_map)", "worker_map", worker_map, choices)
     make_cluster = partial(
         on_mesh, algorithm, axis=axis, worker_map=worker_map, batch_spec=batch_spec
     )
@@ -209,6 +223,7 @@ def _sync(
     weighted: bool = False,
 ) -> tuple[State, np.ndarray]:
     """Synchronises the processes of `devices`, or all processes."""
+    check_state("sync(state)", state)
     if weighted:
         _check_weight(report)
     group = _participants("sync", programs.local, all_devices, devices)
@@ -230,6 +245,8 @@ def _participants(
     call: str, local: SubCluster, all_devices: tuple, devices: Sequence | None
 ) -> tuple:
     """Returns the participating devices; raises if they exclude this process."""
+    if devices is not None:
+        check_type(f"{call}(devices)", "devices", devices, Iterable)
     group = all_devices if devices is None else tuple(devices)
     if not set(local.mesh.devices.flat) <= set(group):
         raise ValueError(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from localsgd_jax.core.predicates import check_bool, probe_predicate
 from localsgd_jax.core.types import Cluster, PyTree, State
+from localsgd_jax.core.validation import check_type
 from localsgd_jax.execution.ambient_mesh import in_mesh_of_state
 from localsgd_jax.execution.cyclic_round import RoundClass
 
@@ -30,7 +31,8 @@ def gated(cluster: Cluster, schedule: Callable) -> Callable:
       for `jax.jit` with `donate_argnums=0`.
 
     Raises:
-      TypeError: if the schedule is not callable, or does not return a bool.
+      TypeError: if the cluster is no `Cluster`, or the schedule is not callable or does
+        not return a bool.
       ValueError: if the schedule is not deterministic.
 
     Example:
@@ -45,10 +47,8 @@ def gated(cluster: Cluster, schedule: Callable) -> Callable:
       >>> state.workers.params, int(state.round)
       (Array([2., 2.], dtype=float32), 1)
     """
-    if not callable(schedule):
-        raise TypeError(
-            f"gated(cluster, schedule): the schedule must be callable, got {schedule!r}"
-        )
+    check_type("gated(cluster)", "cluster", cluster, Cluster)
+    check_type("gated(schedule)", "schedule", schedule, Callable)
 
     probe_predicate("gated(schedule)", schedule)
 
@@ -75,6 +75,9 @@ def fused(cluster: Cluster) -> Callable:
       `one_round(state, batches, weight=None) -> (state, metrics)`; batch leaves `(H,
       K, B, ...)`, metrics `(H, K, ...)`; for `jax.jit` with `donate_argnums=0`.
 
+    Raises:
+      TypeError: if the cluster is no `Cluster`.
+
     Example:
       >>> import jax, jax.numpy as jnp, optax
       >>> import localsgd_jax as lsgd
@@ -86,6 +89,7 @@ def fused(cluster: Cluster) -> Callable:
       >>> state.workers.params, metrics["loss"].shape
       (Array([2., 2.], dtype=float32), (2, 2))
     """
+    check_type("fused(cluster)", "cluster", cluster, Cluster)
 
     @in_mesh_of_state
     def one_round(

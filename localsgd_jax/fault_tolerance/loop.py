@@ -10,9 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from localsgd_jax import schedules
 from localsgd_jax.core.types import PyTree, State
-from localsgd_jax.core.validation import check_positive
+from localsgd_jax.core.validation import check_number, check_state, check_type
 from localsgd_jax.data.prefetch import Prefetcher
 from localsgd_jax.execution.process_local import ProcessCluster
 from localsgd_jax.fault_tolerance.consistency import assert_equal_runs
@@ -31,7 +30,7 @@ from localsgd_jax.training.callbacks import Callbacks, RowReporter
 from localsgd_jax.training.history import History, HistoryRecorder
 from localsgd_jax.training.progress import ProgressBar, progress_bar
 from localsgd_jax.training.round_weights import MetricWeights, weighted_by
-from localsgd_jax.training.run_context import RunContext
+from localsgd_jax.training.run_context import RunContext, train_schedule
 
 
 def train(
@@ -128,15 +127,18 @@ def train(
       ValueError: if an argument is out of range, or there is no batch.
       TypeError: if an argument has the wrong type.
     """
-    schedule = schedule if callable(schedule) else schedules.every(schedule)
+    check_type("train(cluster)", "cluster", cluster, ProcessCluster)
+    check_state("train(state)", state)
+    check_type("train(batches)", "batches", batches, Iterable)
     callbacks = Callbacks(
         evaluate, evaluate_every, eval_fields, on_round_end, save, save_every
     )
     weights = weighted_by(weights) if isinstance(weights, str) else weights
+    schedule = train_schedule(schedule)
     limits = RoundLimits(schedule, steps, round_deadline, min_processes, weights)
-    check_positive("train(sync_timeout)", "sync_timeout", sync_timeout)
-    name = "straggler_timeout"
-    check_positive(f"train({name})", name, straggler_timeout)
+    timeouts = {"sync_timeout": sync_timeout, "straggler_timeout": straggler_timeout}
+    for name, seconds in timeouts.items():
+        check_number(f"train({name})", name, seconds, above=0)
     membership = Membership(cluster.devices, sync_timeout, straggler_timeout)
     if min_processes > (count := len(membership.processes)):
         raise ValueError(

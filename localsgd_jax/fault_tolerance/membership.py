@@ -20,7 +20,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
+from localsgd_jax.core.validation import check_number, check_type
 from localsgd_jax.distributed._jax_internals import coordination_client
 from localsgd_jax.distributed.background import submit_daemon
 
@@ -61,7 +63,20 @@ class Membership:
           timeout: seconds that one call may take once all live processes have arrived.
           straggler_timeout: seconds to wait for a process that is live and does not
             arrive.
+
+        Raises:
+          TypeError: if an argument has the wrong type.
+          ValueError: if a number of seconds is not positive and finite.
         """
+        check_type("Membership(devices)", "devices", devices, Sequence, np.ndarray)
+        for name, value in (
+            ("timeout", timeout),
+            ("straggler_timeout", straggler_timeout),
+        ):
+            check_number(f"Membership({name})", name, value, above=0)
+        for device in devices:
+            name = "each of the devices"
+            check_type("Membership(devices)", name, device, jax.Device)
         self.devices = list(devices)
         self.processes = sorted({device.process_index for device in devices})
         self.process_index = jax.process_index()
@@ -85,6 +100,7 @@ class Membership:
           MembershipError: if this process was marked as failed, a live process does not
             arrive, or `MAX_FAILED_ATTEMPTS` attempts fail without a failed process.
         """
+        check_type("run_atomically(call)", "call", call, Callable)
         if len(self.processes) == 1:
             return call(self.devices)
         failed_attempts = 0

@@ -5,7 +5,7 @@ import math
 import threading
 from collections.abc import Callable
 
-from localsgd_jax.core.validation import check_int, check_positive
+from localsgd_jax.core.validation import check_int, check_number, check_type
 from localsgd_jax.data.prefetch import Prefetcher
 from localsgd_jax.execution.process_local import ProcessCluster
 from localsgd_jax.fault_tolerance.membership import Membership
@@ -47,12 +47,13 @@ class RoundLimits:
         return self.round_deadline is not None or self.weights is not None
 
     def __post_init__(self) -> None:
-        """Validates the numbers."""
+        """Validates the schedule and the numbers."""
+        check_type("train(schedule)", "schedule", self.schedule, Callable)
         if self.steps is not None:
             check_int("train(steps)", "steps", self.steps, 0)
         if self.round_deadline is not None:
             name = "round_deadline"
-            check_positive(f"train({name})", name, self.round_deadline)
+            check_number(f"train({name})", name, self.round_deadline, above=0)
         check_int("train(min_processes)", "min_processes", self.min_processes, 1)
 
     def last_step(self, start: int) -> float:

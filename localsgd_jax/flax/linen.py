@@ -1,6 +1,7 @@
 """Adapter for training steps on a Flax linen TrainState."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import is_dataclass
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ from jax.sharding import PartitionSpec
 from localsgd_jax.core.algorithm import Rules, from_train_step
 from localsgd_jax.core.prng_keys import forbid_raw_keys
 from localsgd_jax.core.types import Algorithm, PyTree
+from localsgd_jax.core.validation import check_rules, check_type, describe
 from localsgd_jax.flax.default_rules import add_default_rules
 
 
@@ -37,8 +39,8 @@ def from_linen(
       `consensus(state, None)` returns a train state of the same type.
 
     Raises:
-      TypeError: if the state contains a raw PRNG key, which would be equal on all
-        workers.
+      TypeError: if an argument has the wrong type, or the state contains a raw PRNG
+        key, which would be equal on all workers.
       ValueError: if a rule names a field that the state does not have.
 
     Example:
@@ -62,6 +64,14 @@ def from_linen(
       >>> lsgd.consensus(cluster.sync(state), None).params["kernel"].shape
       (3, 1)
     """
+    check_type("from_linen(train_step)", "train_step", train_step, Callable)
+    check_rules("from_linen(rule)", rule)
+    is_state = hasattr(train_state, "_fields") or isinstance(train_state, Mapping)
+    if not (is_state or is_dataclass(train_state)) or isinstance(train_state, type):
+        raise TypeError(
+            "from_linen(train_state): train_state must be a Flax TrainState, got "
+            f"{describe(train_state)}"
+        )
     rules = add_default_rules(train_state, rule)
     forbid_raw_keys("from_linen(train_state)", train_state)
     algorithm = from_train_step(train_step, rules)

@@ -97,8 +97,9 @@ def all_reduce_time(link: Link, workers: int, size: float) -> float:
       >>> all_reduce_time(Link(latency=0.001, bandwidth=1e6), workers=2, size=1e6)
       1.002
     """
-    validation.check_int("all_reduce_time(workers)", "workers", workers, 1)
     _check_link("all_reduce_time(link)", link)
+    validation.check_int("all_reduce_time(workers)", "workers", workers, 1)
+    validation.check_number("all_reduce_time(size)", "size", size, at_least=0)
     hops = 2 * (workers - 1)
     return hops * link.latency + hops / workers * size / link.bandwidth
 
@@ -128,7 +129,9 @@ def exposed_communication_seconds(workload: Workload, link: Link) -> float:
       >>> exposed_communication_seconds(workload._replace(overlap_steps=4), link)
       0.6
     """
-    _check_workload("exposed_communication_seconds(workload)", workload)
+    call = "exposed_communication_seconds"
+    _check_workload(f"{call}(workload)", workload)
+    _check_link(f"{call}(link)", link)
     fragment_bytes = workload.parameters * workload.bits / 8 / workload.fragments
     total = all_reduce_time(link, workload.workers, fragment_bytes)
     hidden = workload.overlap_steps * workload.step_seconds
@@ -156,6 +159,7 @@ def round_time(workload: Workload, link: Link, period: int) -> float:
       >>> round_time(workload, Link(latency=0, bandwidth=1e6), period=10)
       2.0
     """
+    _check_arguments("round_time", workload, link)
     validation.check_int("round_time(period)", "period", period, 1)
     if workload.overlap_steps > period:
         raise ValueError(
@@ -184,6 +188,8 @@ def speedup(workload: Workload, link: Link, period: int) -> float:
       >>> speedup(workload, Link(latency=0, bandwidth=1e6), period=10)
       5.5
     """
+    _check_arguments("speedup", workload, link)
+    period = validation.check_int("speedup(period)", "period", period, 1)
     baseline = workload._replace(bits=32, fragments=1, overlap_steps=0)
     return period * round_time(baseline, link, 1) / round_time(workload, link, period)
 
@@ -192,6 +198,9 @@ def exposed_communication_fraction(
     workload: Workload, link: Link, period: int
 ) -> float:
     """Predicts the fraction of the time in exposed communication, w/T(H)."""
+    call = "exposed_communication_fraction"
+    _check_arguments(call, workload, link)
+    period = validation.check_int(f"{call}(period)", "period", period, 1)
     return exposed_communication_seconds(workload, link) / round_time(
         workload, link, period
     )
@@ -221,11 +230,9 @@ def period_for_communication_fraction(
       >>> period_for_communication_fraction(workload, link, max_fraction=0.1)
       90
     """
-    if not 0 < max_fraction < 1:
-        raise ValueError(
-            "period_for_communication_fraction(max_fraction): max_fraction must be in "
-            f"(0, 1), got {max_fraction}"
-        )
+    call, name = "period_for_communication_fraction", "max_fraction"
+    _check_arguments(call, workload, link)
+    validation.check_number(f"{call}({name})", name, max_fraction, above=0, below=1)
     exposed = exposed_communication_seconds(workload, link)
     period = exposed * (1 - max_fraction) / (max_fraction * workload.step_seconds)
     # Without the factor, a rounding error above an integer would round up to the next.
@@ -259,11 +266,15 @@ def recommend_period(
       >>> advice.limited_by_theory
       True
     """
+    call, name = "recommend_period", "max_fraction"
+    _check_arguments(call, workload, link)
+    validation.check_number(f"{call}({name})", name, max_fraction, above=0, below=1)
+    if max_period is not None:
+        name, largest = "max_period", validation.MAX_INT64
+        validation.check_int(f"{call}({name})", name, max_period, 1, largest)
     period = period_for_communication_fraction(workload, link, max_fraction)
     is_limited = max_period is not None and max_period < period
     if max_period is not None and is_limited:
-        call = "recommend_period(max_period)"
-        validation.check_int(call, "max_period", max_period, 1)
         period = max(max_period, workload.overlap_steps)
     return PeriodRecommendation(
         period,
@@ -299,6 +310,11 @@ def fit_link(workers: int, sizes: Sequence[float], seconds: Sequence[float]) -> 
       (0.001, 1000000)
     """
     validation.check_int("fit_link(workers)", "workers", workers, 2)
+    for name, values in (("sizes", sizes), ("seconds", seconds)):
+        validation.check_type(f"fit_link({name})", name, values, Sequence, np.ndarray)
+        for value in values:
+            element = f"an element of {name}"
+            validation.check_number(f"fit_link({name})", element, value, above=0)
     if len(set(sizes)) < 2 or len(sizes) != len(seconds):
         raise ValueError(
             "fit_link(sizes, seconds): at least two sizes and one time for each are "
@@ -317,28 +333,28 @@ def fit_link(workers: int, sizes: Sequence[float], seconds: Sequence[float]) -> 
     return Link(max(0.0, float(latency)), float(1 / inverse))
 
 
+def _check_arguments(call: str, workload: Workload, link: Link) -> None:
+    """Raises unless the arguments are a workload and a link with valid fields."""
+    _check_workload(f"{call}(workload)", workload)
+    _check_link(f"{call}(link)", link)
+
+
 def _check_link(call: str, link: Link) -> None:
-    """Raises if the latency or the bandwidth is out of range."""
-    if not (link.latency >= 0 and link.bandwidth > 0):
-        raise ValueError(
-            f"{call}: the latency must be at least 0 and the bandwidth positive, got "
-            f"{link.latency} and {link.bandwidth}"
-        )
+    """Raises unless the argument is a link with valid fields."""
+    validation.check_type(call, "link", link, Link)
+    validation.check_number(call, "latency", link.latency, at_least=0)
+    validation.check_number(call, "bandwidth", link.bandwidth, above=0)
 
 
 def _check_workload(call: str, workload: Workload) -> None:
-    """Raises if a field is out of range."""
+    """Raises unless the argument is a workload with valid fields."""
+    validation.check_type(call, "workload", workload, Workload)
+    largest = validation.MAX_INT64
     validation.check_int(call, "workers", workload.workers, 1)
-    validation.check_int(call, "parameters", workload.parameters, 1)
+    validation.check_int(call, "parameters", workload.parameters, 1, largest)
     validation.check_int(call, "fragments", workload.fragments, 1)
     validation.check_int(call, "overlap_steps", workload.overlap_steps, 0)
-    if not workload.overhead_seconds >= 0:
-        raise ValueError(
-            f"{call}: overhead_seconds must be at least 0, got "
-            f"{workload.overhead_seconds}"
-        )
-    if not (workload.step_seconds > 0 and workload.bits > 0):
-        raise ValueError(
-            f"{call}: step_seconds and bits must be positive, got "
-            f"{workload.step_seconds} and {workload.bits}"
-        )
+    overhead = "overhead_seconds"
+    validation.check_number(call, overhead, workload.overhead_seconds, at_least=0)
+    validation.check_number(call, "step_seconds", workload.step_seconds, above=0)
+    validation.check_number(call, "bits", workload.bits, above=0)

@@ -11,6 +11,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from localsgd_jax.core import train_state
 from localsgd_jax.core.types import Cluster, PyTree, State
+from localsgd_jax.core.validation import (
+    check_int,
+    check_state,
+    check_type,
+    check_worker_axis,
+)
 from localsgd_jax.execution.rounds import fused
 from localsgd_jax.planning import cost_model
 
@@ -63,6 +69,9 @@ def measure(
       ValueError: if the mesh has no such axis or the axis has size 1, or if measured
         times do not increase with the size of the all-reduce.
     """
+    check_type("measure(mesh)", "mesh", mesh, Mesh)
+    check_type("measure(axis)", "axis", axis, str)
+    _check_run("measure", cluster, state, batch, repeats)
     positions = mesh.shape.get(axis, 1)
     if positions < 2:
         raise ValueError(
@@ -106,6 +115,8 @@ def round_seconds(
       dispatch, and waiting for the slowest worker.
     """
 
+    _check_run("round_seconds", cluster, state, batch, repeats)
+
     def local_steps(
         state: State, batches: PyTree, iterations: jax.Array
     ) -> tuple[State, None]:
@@ -131,6 +142,16 @@ def round_seconds(
         timings.append((step, time_rounds(rounds) / rounds - step))
     step, rest = (statistics.median(column) for column in zip(*timings, strict=True))
     return max(step, 1e-9), max(rest, 0.0)
+
+
+def _check_run(
+    call: str, cluster: Cluster, state: State, batch: PyTree, repeats: int
+) -> None:
+    """Raises unless the arguments are a cluster, its state and batch, and a count."""
+    check_type(f"{call}(cluster)", "cluster", cluster, Cluster)
+    check_state(f"{call}(state)", state)
+    check_worker_axis(f"{call}(batch)", batch, cluster.num_workers)
+    check_int(f"{call}(repeats)", "repeats", repeats, 1)
 
 
 def _fit_measured_link(

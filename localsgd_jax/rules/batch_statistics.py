@@ -12,7 +12,7 @@ from localsgd_jax.core.averaging import check_floating
 from localsgd_jax.core.call_names import call_name
 from localsgd_jax.core.pytrees import promote, stack_leaves, where
 from localsgd_jax.core.types import PyTree, RuleState, SyncContext, SyncRule
-from localsgd_jax.core.validation import check
+from localsgd_jax.core.validation import check, check_names, check_type
 
 
 def merge_batch_stats(
@@ -41,7 +41,8 @@ def merge_batch_stats(
       the tree.
 
     Raises:
-      TypeError: at `init`, for a leaf that is not floating point.
+      TypeError: if a name is no string; at `init`, for a leaf that is not floating
+        point.
       ValueError: at `init`, if the tree has leaves but no such pair.
 
     Example:
@@ -52,6 +53,12 @@ def merge_batch_stats(
       Chan, Golub, LeVeque, Algorithms for Computing the Sample Variance, 1983,
       equation 2.1.
     """
+
+    function = "merge_batch_stats"
+    if axis is not None:
+        check_names(f"{function}(axis)", "axis", axis)
+    check_type(f"{function}(mean)", "mean", mean, str)
+    check_type(f"{function}(variance)", "variance", variance, str)
 
     def init(tree: PyTree, specs: PyTree | None = None) -> RuleState:
         call = f"merge_batch_stats(mean={mean!r}, variance={variance!r})"
@@ -129,6 +136,7 @@ def recompute_batch_stats(
       The statistics, with the structure and dtypes of `statistics`.
 
     Raises:
+      TypeError: if an argument has the wrong type.
       ValueError: without batches, or if `update` ignores the batch for a leaf.
 
     Example:
@@ -146,6 +154,11 @@ def recompute_batch_stats(
       Izmailov et al., Averaging Weights Leads to Wider Optima and Better
       Generalization, 2018, section 3.2. arXiv:1803.05407
     """
+    call = "recompute_batch_stats"
+    check_type(f"{call}(update)", "update", update, Callable)
+    check_type(f"{call}(batches)", "batches", batches, Iterable)
+    check_type(f"{call}(mean)", "mean", mean, str)
+    check_type(f"{call}(variance)", "variance", variance, str)
 
     @jax.jit
     def batch_moments(batch: PyTree) -> tuple[PyTree, PyTree]:

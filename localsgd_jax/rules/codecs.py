@@ -40,6 +40,15 @@ class Codec(NamedTuple):
     block_size: int
 
 
+def make_codec(encode: Callable, decode: Callable, block_size: int) -> Codec:
+    """Makes a codec whose round trip packs and unpacks."""
+
+    def round_trip(x: jax.Array, key: jax.Array) -> jax.Array:
+        return decode(encode(x, key)).reshape(x.shape)
+
+    return Codec(encode, decode, round_trip, block_size)
+
+
 class QuantizedBlocks(NamedTuple):
     """Encoded vectors of an integer codec.
 
@@ -126,7 +135,7 @@ def float_codec(dtype: jax.typing.DTypeLike) -> Codec:
         short = jax.lax.bitcast_convert_type(payload, dtype)
         return short.astype(jnp.float32).reshape(*short.shape[:-2], -1)
 
-    return Codec(encode, decode, lambda x, key: decode(encode(x, key)), 1)
+    return make_codec(encode, decode, 1)
 
 
 def integer_codec(bits: int, block: int, stochastic: bool) -> Codec:

@@ -7,7 +7,7 @@ import jax
 from localsgd_jax.core.call_names import call_name
 from localsgd_jax.core.predicates import check_bool, probe_predicate
 from localsgd_jax.core.types import PyTree, RuleState, SyncContext, SyncRule
-from localsgd_jax.core.validation import check_rule
+from localsgd_jax.core.validation import check_rule, check_type
 
 
 def identity() -> SyncRule:
@@ -104,11 +104,8 @@ def when(schedule: Callable, rule: SyncRule) -> SyncRule:
       >>> import localsgd_jax as lsgd
       >>> across_pods = lsgd.when(lsgd.every(4), lsgd.average("pod"))
     """
-    if not callable(schedule):
-        raise TypeError(
-            f"when(schedule, rule): schedule must be callable, got {schedule!r}"
-        )
-    check_rule("when(schedule, rule)", rule)
+    check_type("when(schedule)", "schedule", schedule, Callable)
+    check_rule("when(rule)", rule)
     call = "when(schedule)"
 
     def init(tree: PyTree, specs: PyTree | None = None) -> RuleState:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,13 @@ from localsgd_jax.core.call_names import call_name
 from localsgd_jax.core.pieces import Piece
 from localsgd_jax.core.pytrees import join_rows, split_rows
 from localsgd_jax.core.types import PyTree, SyncRule
-from localsgd_jax.core.validation import check, check_int
+from localsgd_jax.core.validation import (
+    check,
+    check_choice,
+    check_int,
+    check_number,
+    describe,
+)
 from localsgd_jax.rules.codecs import (
     BITS,
     Codec,
@@ -79,10 +86,11 @@ def quantize(
       A rule with two vectors of local state per worker.
 
     Raises:
-      TypeError: if `rule` is not a rule or `block` not an int; at `init`, for a leaf
+      TypeError: if `rule` is not a rule, or a number not an int; at `init`, for a leaf
         that is not floating point.
       ValueError: if `bits`, `rounding` or `encoding` is not one of the values above,
-        `block` is not a multiple of 8, or `rule` is not a plain mean.
+        `block` is not a multiple of 8, `seed` is negative, or `rule` is not a plain
+        mean.
 
     Example:
       >>> import optax
@@ -97,11 +105,12 @@ def quantize(
       Douillard et al., Streaming DiLoCo with overlapping communication, 2025, section
       2.4: E3M0. arXiv:2501.18512
     """
+    bits = check_int("quantize(bits)", "bits", bits, 1)
     check(bits in BITS, "quantize(bits)", f"bits must be one of {BITS}", bits)
-    known = rounding in ("nearest", "stochastic")
-    text = 'rounding must be "nearest" or "stochastic"'
-    check(known, "quantize(rounding)", text, repr(rounding))
-    check_int("quantize(block)", "block", block, 8)
+    choices = ("nearest", "stochastic")
+    check_choice("quantize(rounding)", "rounding", rounding, choices)
+    block = check_int("quantize(block)", "block", block, 8)
+    seed = check_int("quantize(seed)", "seed", seed, 0)
     check(block % 8 == 0, "quantize(block)", "block must be a multiple of 8", block)
     known = encoding == "integer" or (encoding == "e3m0" and bits == 4)
     text = 'encoding must be "integer", or "e3m0" with bits=4'
@@ -152,7 +161,7 @@ def cast(rule: SyncRule, dtype: jax.typing.DTypeLike = jnp.bfloat16) -> SyncRule
       Jaghouar, Ong, Hagemann, OpenDiLoCo, 2024, section 3.3: float16 pseudo-gradients.
       arXiv:2407.07852
     """
-    short = jnp.dtype(dtype)
+    short = _as_dtype(dtype)
     valid = jnp.issubdtype(short, jnp.floating) and short.itemsize <= 2
     text = "dtype must be a floating point type of one or two bytes"
     check(valid, "cast(dtype)", text, short.name)
@@ -195,8 +204,8 @@ def top_k(rule: SyncRule, fraction: float) -> SyncRule:
       Stich, Cordonnier, Jaggi, Sparsified SGD with Memory, 2018, Algorithm 1.
       arXiv:1809.07599
     """
-    valid = 0 < fraction <= 1
-    check(valid, "top_k(fraction)", "fraction must be in (0, 1]", fraction)
+    call, name = "top_k(fraction)", "fraction"
+    fraction = float(check_number(call, name, fraction, above=0, at_most=1))
     axes = check_mean("top_k", rule)
 
     def exchange(piece: Piece, vector: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -298,6 +307,17 @@ def _largest(vector: jax.Array, count: int) -> jax.Array:
     positions = columns + length * jnp.arange(len(rows), dtype=columns.dtype)[:, None]
     _, chosen = jax.lax.top_k(values.reshape(-1), count)
     return positions.reshape(-1)[chosen]
+
+
+def _as_dtype(dtype: Any) -> jnp.dtype:
+    """Returns a dtype; raises a TypeError for anything else, also for None."""
+    try:
+        if dtype is None:
+            raise TypeError
+        return jnp.dtype(dtype)
+    except (TypeError, ValueError):
+        text = f"dtype must be a dtype, got {describe(dtype)}"
+        raise TypeError(f"cast(dtype): {text}") from None
 
 
 def _encoded_mean(

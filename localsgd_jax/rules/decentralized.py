@@ -11,7 +11,7 @@ from localsgd_jax.core.averaging import check_inexact
 from localsgd_jax.core.call_names import call_name
 from localsgd_jax.core.pytrees import promote, where
 from localsgd_jax.core.types import PyTree, RuleState, SyncContext, SyncRule
-from localsgd_jax.core.validation import check
+from localsgd_jax.core.validation import check_choice
 
 TOPOLOGIES = ("ring", "exponential", "one-peer")
 
@@ -54,9 +54,7 @@ def gossip(topology: str = "ring") -> SyncRule:
       Ying et al., Exponential Graph is Provably Efficient for Decentralized Deep
       Training, 2021, equations 5 and 7. arXiv:2110.13363
     """
-    is_valid = topology in TOPOLOGIES
-    text = f"topology must be one of {TOPOLOGIES}"
-    check(is_valid, "gossip(topology)", text, repr(topology))
+    check_choice("gossip(topology)", "topology", topology, TOPOLOGIES)
 
     def init(tree: PyTree, specs: PyTree | None = None) -> RuleState:
         check_inexact("gossip()", tree)

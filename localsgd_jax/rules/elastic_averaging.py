@@ -6,9 +6,9 @@ from optax.tree_utils import tree_cast_like
 from localsgd_jax.core import collectives
 from localsgd_jax.core.averaging import check_inexact
 from localsgd_jax.core.call_names import call_name
-from localsgd_jax.core.pytrees import promote, where
+from localsgd_jax.core.pytrees import is_traced, promote, where
 from localsgd_jax.core.types import PyTree, RuleState, SyncContext, SyncRule
-from localsgd_jax.core.validation import check_rule, check_unit_interval
+from localsgd_jax.core.validation import check_number, check_rule
 
 
 def elastic_average(alpha: float = 0.1, beta: float = 0.9) -> SyncRule:
@@ -42,8 +42,10 @@ def elastic_average(alpha: float = 0.1, beta: float = 0.9) -> SyncRule:
       Zhang, Choromanska, LeCun, Deep Learning with Elastic Averaging SGD, 2015,
       equations 5 and 6. arXiv:1412.6651
     """
-    check_unit_interval("elastic_average(alpha)", "alpha", alpha)
-    check_unit_interval("elastic_average(beta)", "beta", beta)
+    alpha = check_number(
+        "elastic_average(alpha)", "alpha", alpha, at_least=0, at_most=1
+    )
+    beta = check_number("elastic_average(beta)", "beta", beta, at_least=0, at_most=1)
 
     def init(tree: PyTree, specs: PyTree | None = None) -> RuleState:
         check_inexact("elastic_average()", tree)
@@ -92,13 +94,13 @@ def interpolate(rule: SyncRule, alpha: float) -> SyncRule:
       2.3. arXiv:2501.18512
     """
     check_rule("interpolate(rule)", rule)
-    check_unit_interval("interpolate(alpha)", "alpha", alpha)
+    alpha = check_number("interpolate(alpha)", "alpha", alpha, at_least=0, at_most=1)
 
     def apply(
         tree: PyTree, state: RuleState, context: SyncContext
     ) -> tuple[PyTree, RuleState]:
         synced, state = rule.apply(tree, state, context)
-        if alpha == 0:
+        if not is_traced(alpha) and alpha == 0:
             return synced, state
         mixed = jax.tree.map(
             lambda x, t: x + (1 - alpha) * (t - x), promote(tree), promote(synced)

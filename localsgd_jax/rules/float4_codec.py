@@ -3,7 +3,13 @@
 import jax
 import jax.numpy as jnp
 
-from localsgd_jax.rules.codecs import Codec, QuantizedBlocks, pack, unpack
+from localsgd_jax.rules.codecs import (
+    Codec,
+    QuantizedBlocks,
+    make_codec,
+    pack,
+    unpack,
+)
 
 _LEVELS = 7  # Besides zero.
 
@@ -45,7 +51,7 @@ def float4_codec(block: int, stochastic: bool) -> Codec:
         signed = jnp.where(rows >= 8, -magnitude, magnitude)
         return (signed * payload.scales[..., None]).reshape(codes.shape)
 
-    return Codec(encode, decode, block)
+    return make_codec(encode, decode, block)
 
 
 def _value(level: int) -> float:

@@ -9,7 +9,7 @@ from localsgd_jax.core.averaging import check_inexact
 from localsgd_jax.core.call_names import call_name
 from localsgd_jax.core.pytrees import promote, where
 from localsgd_jax.core.types import PyTree, RuleState, SyncContext, SyncRule
-from localsgd_jax.core.validation import check, check_rule
+from localsgd_jax.core.validation import check_number, check_rule
 from localsgd_jax.rules.common_result import check_common_result
 
 
@@ -65,7 +65,7 @@ def ema(rule: SyncRule, decay: float = 0.99) -> SyncRule:
       Polyak, Juditsky, Acceleration of Stochastic Approximation by Averaging, 1992.
     """
     check_rule("ema(rule)", rule)
-    check(0 <= decay < 1, "ema(decay)", "decay must be in [0, 1)", decay)
+    decay = check_number("ema(decay)", "decay", decay, at_least=0, below=1)
 
     def init(tree: PyTree, specs: PyTree | None = None) -> RuleState:
         check_inexact("ema()", tree)

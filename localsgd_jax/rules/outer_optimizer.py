@@ -14,7 +14,12 @@ from localsgd_jax.core.averaging import average, check_inexact
 from localsgd_jax.core.call_names import call_name
 from localsgd_jax.core.pytrees import promote, where
 from localsgd_jax.core.types import PyTree, RuleState, SyncContext, SyncRule
-from localsgd_jax.core.validation import check, check_rule
+from localsgd_jax.core.validation import (
+    check_names,
+    check_number,
+    check_optimizer,
+    check_rule,
+)
 from localsgd_jax.rules.common_result import check_common_result
 
 LearningRate = float | Callable[[jax.typing.ArrayLike], jax.typing.ArrayLike]
@@ -75,11 +80,9 @@ def outer(
       Douillard et al., DiLoCo: Distributed Low-Communication Training of Language
       Models, 2023, Algorithm 1. arXiv:2311.08105
     """
-    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
-        raise TypeError(
-            "outer(optimizer): it must be an optax optimizer such as optax.sgd(0.7), "
-            f"got {optimizer!r}"
-        )
+    check_optimizer("outer(optimizer)", optimizer)
+    if isinstance(reduce, str):
+        check_names("outer(reduce)", "reduce", reduce)
     if reduce is None or isinstance(reduce, str):
         reduce = average(reduce)
     check_rule("outer(reduce)", reduce)
@@ -124,14 +127,15 @@ def diloco(learning_rate: LearningRate = 0.7, momentum: float = 0.9) -> SyncRule
         v ← μ v + Δ,   x̄ ← x̄ − η (Δ + μ v)
 
     Args:
-      learning_rate: η, a number or an optax schedule over rounds.
-      momentum: μ.
+      learning_rate: η, a number ≥ 0 or an optax schedule over rounds.
+      momentum: μ, in [0, 1).
 
     Returns:
       `outer(optax.sgd(learning_rate, momentum, nesterov=True))`.
 
     Raises:
-      ValueError: if the learning rate is not finite.
+      TypeError: if an argument is not a number.
+      ValueError: if a number is out of range.
 
     Example:
       >>> import localsgd_jax as lsgd
@@ -141,7 +145,8 @@ def diloco(learning_rate: LearningRate = 0.7, momentum: float = 0.9) -> SyncRule
       Douillard et al., DiLoCo: Distributed Low-Communication Training of Language
       Models, 2023, Algorithm 1 and section 3. arXiv:2311.08105
     """
-    _check_finite("diloco(learning_rate)", learning_rate)
+    _check_rate("diloco", "learning_rate", learning_rate)
+    _check_decay("diloco", "momentum", momentum)
     rule = outer(optax.sgd(learning_rate, momentum, nesterov=True))
     return _named(rule, "diloco", learning_rate=learning_rate, momentum=momentum)
 
@@ -155,14 +160,15 @@ def slowmo(learning_rate: LearningRate = 1.0, momentum: float = 0.7) -> SyncRule
     constant γ this is the same.
 
     Args:
-      learning_rate: α, a number or an optax schedule over rounds.
-      momentum: β; the paper tunes it between 0.4 and 0.8.
+      learning_rate: α, a number ≥ 0 or an optax schedule over rounds.
+      momentum: β, in [0, 1); the paper tunes it between 0.4 and 0.8.
 
     Returns:
       `outer(optax.sgd(learning_rate, momentum))`.
 
     Raises:
-      ValueError: if the learning rate is not finite.
+      TypeError: if an argument is not a number.
+      ValueError: if a number is out of range.
 
     Example:
       >>> import localsgd_jax as lsgd
@@ -172,7 +178,8 @@ def slowmo(learning_rate: LearningRate = 1.0, momentum: float = 0.7) -> SyncRule
       Wang, Tantia, Ballas, Rabbat, SlowMo: Improving Communication-Efficient
       Distributed SGD with Slow Momentum, 2020, Algorithm 1. arXiv:1910.00643
     """
-    _check_finite("slowmo(learning_rate)", learning_rate)
+    _check_rate("slowmo", "learning_rate", learning_rate)
+    _check_decay("slowmo", "momentum", momentum)
     rule = outer(optax.sgd(learning_rate, momentum))
     return _named(rule, "slowmo", learning_rate=learning_rate, momentum=momentum)
 
@@ -183,14 +190,15 @@ def fedavgm(learning_rate: LearningRate = 1.0, momentum: float = 0.9) -> SyncRul
         v ← β v + Δ,   x̄ ← x̄ − η v
 
     Args:
-      learning_rate: η, a number or an optax schedule over rounds.
-      momentum: β.
+      learning_rate: η, a number ≥ 0 or an optax schedule over rounds.
+      momentum: β, in [0, 1).
 
     Returns:
       `outer(optax.sgd(learning_rate, momentum))`.
 
     Raises:
-      ValueError: if the learning rate is not finite.
+      TypeError: if an argument is not a number.
+      ValueError: if a number is out of range.
 
     Example:
       >>> import localsgd_jax as lsgd
@@ -200,7 +208,8 @@ def fedavgm(learning_rate: LearningRate = 1.0, momentum: float = 0.9) -> SyncRul
       Hsu, Qi, Brown, Measuring the Effects of Non-Identical Data Distribution for
       Federated Visual Classification, 2019, section 4.3. arXiv:1909.06335
     """
-    _check_finite("fedavgm(learning_rate)", learning_rate)
+    _check_rate("fedavgm", "learning_rate", learning_rate)
+    _check_decay("fedavgm", "momentum", momentum)
     rule = outer(optax.sgd(learning_rate, momentum))
     return _named(rule, "fedavgm", learning_rate=learning_rate, momentum=momentum)
 
@@ -220,16 +229,17 @@ def fedadam(
     its effect vanishes with the number of rounds.
 
     Args:
-      learning_rate: η, a number or an optax schedule over rounds.
-      b1: β₁.
-      b2: β₂.
-      tau: τ, the degree of adaptivity.
+      learning_rate: η, a number ≥ 0 or an optax schedule over rounds.
+      b1: β₁, in [0, 1).
+      b2: β₂, in [0, 1).
+      tau: τ, the degree of adaptivity, positive.
 
     Returns:
       `outer(optax.adam(learning_rate, b1, b2, eps=tau))`.
 
     Raises:
-      ValueError: if the learning rate is not finite.
+      TypeError: if an argument is not a number.
+      ValueError: if a number is out of range.
 
     Example:
       >>> import localsgd_jax as lsgd
@@ -239,7 +249,10 @@ def fedadam(
       Reddi et al., Adaptive Federated Optimization, 2021, Algorithm 2.
       arXiv:2003.00295
     """
-    _check_finite("fedadam(learning_rate)", learning_rate)
+    _check_rate("fedadam", "learning_rate", learning_rate)
+    _check_decay("fedadam", "b1", b1)
+    _check_decay("fedadam", "b2", b2)
+    check_number("fedadam(tau)", "tau", tau, above=0)
     rule = outer(optax.adam(learning_rate, b1, b2, eps=tau))
     return _named(rule, "fedadam", learning_rate=learning_rate, b1=b1, b2=b2, tau=tau)
 
@@ -252,13 +265,14 @@ def lookahead(slow_step_size: LearningRate = 0.5) -> SyncRule:
     Works for any number of workers. With one worker it equals `optax.lookahead`.
 
     Args:
-      slow_step_size: α, a number or an optax schedule over rounds.
+      slow_step_size: α, a number ≥ 0 or an optax schedule over rounds.
 
     Returns:
       `outer(optax.sgd(slow_step_size))`.
 
     Raises:
-      ValueError: if the step size is not finite.
+      TypeError: if the step size is not a number.
+      ValueError: if it is negative or not finite.
 
     Example:
       >>> import localsgd_jax as lsgd
@@ -268,7 +282,7 @@ def lookahead(slow_step_size: LearningRate = 0.5) -> SyncRule:
       Zhang, Lucas, Hinton, Ba, Lookahead Optimizer: k steps forward, 1 step back, 2019,
       Algorithm 1. arXiv:1907.08610
     """
-    _check_finite("lookahead(slow_step_size)", slow_step_size)
+    _check_rate("lookahead", "slow_step_size", slow_step_size)
     rule = outer(optax.sgd(slow_step_size))
     return _named(rule, "lookahead", slow_step_size=slow_step_size)
 
@@ -283,7 +297,7 @@ def snoo(learning_rate: LearningRate = 0.7, momentum: float = 0.5) -> SyncRule:
     period is 30 local steps.
 
     Args:
-      learning_rate: η, a number or an optax schedule over rounds.
+      learning_rate: η, a number ≥ 0 or an optax schedule over rounds.
       momentum: μ.
 
     Returns:
@@ -303,7 +317,8 @@ def snoo(learning_rate: LearningRate = 0.7, momentum: float = 0.5) -> SyncRule:
       SNOO: Step-K Nesterov Outer Optimizer, 2025. arXiv:2510.15830. The defaults are
       those of a public training record that uses it.
     """
-    _check_finite("snoo(learning_rate)", learning_rate)
+    _check_rate("snoo", "learning_rate", learning_rate)
+    _check_decay("snoo", "momentum", momentum)
     rule = outer(optax.sgd(learning_rate, momentum, nesterov=True))
     return _named(rule, "snoo", learning_rate=learning_rate, momentum=momentum)
 
@@ -313,6 +328,12 @@ def _named(rule: SyncRule, function: str, **arguments: object) -> SyncRule:
     return dataclasses.replace(rule, name=call_name(function, **arguments))
 
 
-def _check_finite(call: str, rate: LearningRate) -> None:
-    """Raises a ValueError if a constant step size is not finite."""
-    check(callable(rate) or jnp.isfinite(rate), call, "it must be finite", rate)
+def _check_rate(function: str, name: str, rate: LearningRate) -> None:
+    """Raises unless a step size is a schedule, or finite and not negative."""
+    if not callable(rate):
+        check_number(f"{function}({name})", name, rate, at_least=0)
+
+
+def _check_decay(function: str, name: str, value: float) -> None:
+    """Raises unless the decay of a moving average is in [0, 1)."""
+    check_number(f"{function}({name})", name, value, at_least=0, below=1)

@@ -19,7 +19,7 @@ from localsgd_jax.core.types import (
     SyncContext,
     SyncRule,
 )
-from localsgd_jax.core.validation import check, check_rule
+from localsgd_jax.core.validation import check_int, check_number, check_rule
 from localsgd_jax.rules.codecs import row_multiple, split_tiles
 from localsgd_jax.rules.common_result import check_common_result
 
@@ -104,8 +104,8 @@ def trimmed_mean(fraction: float) -> SyncRule:
       Yin, Chen, Ramchandran, Bartlett, Byzantine-Robust Distributed Learning: Towards
       Optimal Statistical Rates, 2018, Definition 2. arXiv:1803.01498
     """
-    valid = 0 <= fraction < 0.5
-    check(valid, "trimmed_mean(fraction)", "fraction must be in [0, 0.5)", fraction)
+    call, name = "trimmed_mean(fraction)", "fraction"
+    fraction = check_number(call, name, fraction, at_least=0, below=0.5)
 
     def trimmed_mean_of_sorted(values: jax.Array, num_active: jax.Array) -> jax.Array:
         # The tolerance keeps exact integer products integer in float32.
@@ -138,7 +138,7 @@ def drop_outliers(
     Args:
       rule: the rule for the other workers, after which all workers are equal, such as
         `average()` or `diloco()`.
-      threshold: largest z.
+      threshold: largest z, positive.
       decay: decay of the running means, in [0, 1).
       warm_up: number of rounds in which only non-finite workers are dropped.
 
@@ -147,7 +147,7 @@ def drop_outliers(
 
     Raises:
       TypeError: if `rule` is not a rule; at `init`, for a leaf that is not floating
-        point or complex.
+        point or complex; if the warm-up is not an int.
       ValueError: if a number is out of range; when traced, if workers may differ after
         `rule`.
 
@@ -161,9 +161,9 @@ def drop_outliers(
     """
     call = "drop_outliers"
     check_rule(f"{call}(rule)", rule)
-    check(threshold > 0, f"{call}(threshold)", "threshold must be positive", threshold)
-    check(0 <= decay < 1, f"{call}(decay)", "decay must be in [0, 1)", decay)
-    check(warm_up >= 0, f"{call}(warm_up)", "warm_up must be at least 0", warm_up)
+    threshold = check_number(f"{call}(threshold)", "threshold", threshold, above=0)
+    decay = check_number(f"{call}(decay)", "decay", decay, at_least=0, below=1)
+    warm_up = check_int(f"{call}(warm_up)", "warm_up", warm_up, 0)
 
     def init(tree: PyTree, specs: PyTree | None = None) -> RuleState:
         check_inexact(f"{call}()", tree)

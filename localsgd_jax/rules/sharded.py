@@ -49,7 +49,7 @@ def shard_state(rule: SyncRule, workers: int) -> SyncRule:
       Models, 2020, section 5.1. arXiv:1910.02054
     """
     check_rule("shard_state(rule)", rule)
-    check_int("shard_state(workers)", "the number of workers", workers, 1)
+    workers = check_int("shard_state(workers)", "the number of workers", workers, 1)
 
     def init(tree: PyTree, specs: PyTree | None = None) -> RuleState:
         check_inexact("shard_state()", tree)

@@ -12,7 +12,7 @@ from localsgd_jax.core.call_names import call_name
 from localsgd_jax.core.pieces import Piece
 from localsgd_jax.core.pytrees import join_rows, split_rows
 from localsgd_jax.core.types import SyncRule
-from localsgd_jax.core.validation import check, check_int, check_unit_interval
+from localsgd_jax.core.validation import check, check_int, check_number
 from localsgd_jax.rules.error_feedback import (
     check_mean,
     compressed_mean,
@@ -80,7 +80,7 @@ def chunked_top_k(
     k = check_int(f"{call}(k)", "k", k, 1)
     check(k <= chunk, f"{call}(k)", f"k must be at most the chunk, {chunk}", k)
     check(bits in (2, None), f"{call}(bits)", "bits must be 2 or None", bits)
-    check_unit_interval(f"{call}(decay)", "decay", decay)
+    check_number(f"{call}(decay)", "decay", decay, at_least=0, at_most=1)
     axes = check_mean(call, rule)
     quantized = bits is not None
 
@@ -131,7 +131,7 @@ def sparseloco(learning_rate: LearningRate = 1.0, decay: float = 0.95) -> SyncRu
       Sarfi et al., Communication Efficient LLM Pre-training with SparseLoCo, 2025,
       Algorithm 1. arXiv:2508.15706
     """
-    check_unit_interval("sparseloco(decay)", "decay", decay)
+    check_number("sparseloco(decay)", "decay", decay, at_least=0, at_most=1)
     reduce = chunked_top_k(average(), 64, decay=decay)
     name = call_name("sparseloco", learning_rate=learning_rate, decay=decay)
     return dataclasses.replace(outer(optax.sgd(learning_rate), reduce), name=name)

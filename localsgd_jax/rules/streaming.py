@@ -1,6 +1,7 @@
 """Streaming synchronisation: one fragment of the parameters per round."""
 
 import math
+import numbers
 import re
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from localsgd_jax.core.call_names import call_name
 from localsgd_jax.core.pieces import on_pieces, piece_shapes, with_specs
 from localsgd_jax.core.types import PyTree, RuleState, SyncContext, SyncRule
-from localsgd_jax.core.validation import check, check_int, check_rule
+from localsgd_jax.core.validation import check, check_int, check_rule, describe
 
 _NUMBER = re.compile(r"\d+")
 
@@ -84,9 +85,13 @@ def fragment(
     rounds_per_fragment = check_int(
         "fragment(rounds_per_fragment)", "rounds_per_fragment", rounds_per_fragment, 1
     )
-    is_valid = grouping in ("bytes", "layer") or callable(grouping)
+    is_name = isinstance(grouping, str) and grouping in ("bytes", "layer")
     text = 'grouping must be "bytes", "layer" or a function'
-    check(is_valid, "fragment(grouping)", text, repr(grouping))
+    is_valid = is_name or callable(grouping)
+    check(is_valid, "fragment(grouping)", text, describe(grouping))
+    if split_axis is not None:
+        name = "split_axis"
+        split_axis = check_int(f"fragment({name})", name, split_axis, 0)
 
     def init(tree: PyTree, specs: PyTree | None = None) -> RuleState:
         leaves = jax.tree.leaves(tree)
@@ -157,6 +162,12 @@ def assign_fragments(
       >>> [[part.leaf for part in group] for group in assign_fragments(tree, 2)]
       [[0], [1, 2]]
     """
+    leaves = jax.tree.leaves(tree)
+    count = len(leaves)
+    text = f"each of the {n} fragments must get at least one of the {count} leaves"
+    # More fragments than numbers would only take time and memory.
+    largest = count if split_axis is None else sum(leaf.size for leaf in leaves)
+    check(n <= largest, "fragment(n)", text, f"n = {n}")
     if callable(grouping):
         groups = _by_user_function(tree, n, grouping)
     elif grouping == "layer":
@@ -166,8 +177,6 @@ def assign_fragments(
     else:
         groups = _contiguous(tree, n, split_axis)
     empty = [p for p, group in enumerate(groups) if not group]
-    count = len(jax.tree.leaves(tree))
-    text = f"each of the {n} fragments must get at least one of the {count} leaves"
     check(not empty, "fragment(n)", text, f"none for fragments {empty}")
     return groups
 
@@ -345,7 +354,8 @@ def _by_user_function(
     for i, (path, _) in enumerate(jax.tree.leaves_with_path(tree)):
         p, name = function(_path_name(path)), _path_name(path)
         text = f"it must return a fragment from 0 to {n - 1} for {name!r}"
-        check(p in range(n), "fragment(grouping)", text, repr(p))
+        is_index = isinstance(p, numbers.Integral) and p in range(n)
+        check(is_index, "fragment(grouping)", text, describe(p))
         groups[p].append(LeafSlice(i))
     return groups
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 
 from localsgd_jax.core.pytrees import is_traced
-from localsgd_jax.core.validation import check, check_int
+from localsgd_jax.core.validation import check_int, check_number, check_type
 
 
 class AdaptiveSchedule:
@@ -42,8 +42,16 @@ class AdaptiveSchedule:
           next_period: `next_period(row, length) -> period`, from a row of the history
             and the number of local steps of its round.
           name: the call that made the schedule.
+
+        Raises:
+          TypeError: if an argument has the wrong type.
+          ValueError: if the period is below 1.
         """
-        self.period, self.next_period, self.name = period, next_period, name
+        call = "AdaptiveSchedule"
+        check_type(f"{call}(next_period)", "next_period", next_period, Callable)
+        check_type(f"{call}(name)", "name", name, str)
+        self.period = check_int(f"{call}(period)", "period", period, 1)
+        self.next_period, self.name = next_period, name
         self.round_ends, self.last_step = [0], 0
 
     def __call__(self, step: int) -> bool:
@@ -113,7 +121,9 @@ def adacomm(h: int, min_period: int = 1, factor: float = 0.5) -> AdaptiveSchedul
     """
     h = check_int("adacomm(h)", "h", h, 1)
     min_period = check_int("adacomm(min_period)", "min_period", min_period, 1)
-    check(0 < factor <= 1, "adacomm(factor)", "factor must be in (0, 1]", factor)
+    factor = float(
+        check_number("adacomm(factor)", "factor", factor, above=0, at_most=1)
+    )
     losses, periods = [], [h]
 
     def next_period(row: Mapping[str, float], length: int) -> int:
@@ -168,8 +178,8 @@ def drift_triggered(
     call = "drift_triggered"
     h = check_int(f"{call}(h)", "h", h, 1)
     max_period = check_int(f"{call}(max_period)", "max_period", max_period, h)
-    rule = "threshold must be positive"
-    check(threshold > 0, f"{call}(threshold)", rule, threshold)
+    check_number(f"{call}(threshold)", "threshold", threshold, above=0)
+    check_type(f"{call}(column)", "column", column, str)
 
     def next_period(row: Mapping[str, float], length: int) -> int:
         distance = _read_metric(f"{call}()", row, column)

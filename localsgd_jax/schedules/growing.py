@@ -6,8 +6,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from localsgd_jax.core.validation import check, check_int
-from localsgd_jax.schedules.schedule import Schedule, Step, isin
+from localsgd_jax.core.validation import MAX_INT32, check_int, check_number, check_type
+from localsgd_jax.schedules.schedule import Schedule, Step
 
 
 def geometric(h: int, rounds: int = 1, factor: int = 2) -> Schedule:
@@ -42,14 +42,20 @@ def geometric(h: int, rounds: int = 1, factor: int = 2) -> Schedule:
     h = check_int("geometric(h)", "h", h, 1)
     rounds = check_int("geometric(rounds)", "rounds", rounds, 1)
     factor = check_int("geometric(factor)", "factor", factor, 2)
-    ends, period = [0], 1
-    while period < h:
-        ends += [ends[-1] + period * i for i in range(1, rounds + 1)]
-        period *= factor
-    warm_up, warm_up_ends = ends[-1], frozenset(ends[1:])
+    # Start and period of each stage of equal rounds; the last stage has no end. Stages
+    # that begin beyond the int32 range of a step are never reached.
+    stages, period = [(0, 1)], 1
+    while period < h and stages[-1][0] <= MAX_INT32:
+        start, period = stages[-1][0] + rounds * period, min(h, period * factor)
+        stages.append((start, period))
+    stages = [stage for stage in stages if stage[0] <= MAX_INT32]
 
     def due(t: Step) -> bool | jax.Array:
-        return isin(t, warm_up_ends) | ((t > warm_up) & ((t - warm_up) % h == 0))
+        is_end = t < 0
+        for start, period in stages:
+            in_stage_before, ends_round = t <= start, (t - start) % period == 0
+            is_end = (in_stage_before & is_end) | ((t > start) & ends_round)
+        return is_end
 
     return Schedule(due, f"geometric({h}, {rounds}, {factor})")
 
@@ -91,11 +97,8 @@ def qsr(
       Gu, Lyu, Arora, Zhang, Huang, A Quadratic Synchronization Rule for Distributed
       Deep Learning, 2024. arXiv:2310.14423
     """
-    if not callable(lr_schedule):
-        raise TypeError(
-            f"qsr(lr_schedule): lr_schedule must be callable, got {lr_schedule!r}"
-        )
-    check(alpha > 0, "qsr(alpha)", "alpha must be positive", alpha)
+    check_type("qsr(lr_schedule)", "lr_schedule", lr_schedule, Callable)
+    check_number("qsr(alpha)", "alpha", alpha, above=0)
     h_base = check_int("qsr(h_base)", "h_base", h_base, 1)
 
     def period(t: Step) -> jax.Array:

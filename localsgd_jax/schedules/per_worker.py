@@ -3,6 +3,7 @@
 import numbers
 from collections.abc import Callable, Sequence
 
+from localsgd_jax.core.validation import check_int, describe
 from localsgd_jax.schedules.periodic import every
 
 
@@ -36,5 +37,10 @@ def resolve_schedules(
         )
     for item in schedules:
         if not (callable(item) or isinstance(item, numbers.Integral)):
-            raise TypeError(f"{call}: a period or a schedule is needed, got {item!r}")
-    return [item if callable(item) else every(item) for item in schedules]
+            text = f"a period or a schedule is needed, got {describe(item)}"
+            raise TypeError(f"{call}: {text}")
+    name = "a period"
+    return [
+        item if callable(item) else every(check_int(call, name, item, 1))
+        for item in schedules
+    ]

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import jax
 
-from localsgd_jax.core.validation import check_int
+from localsgd_jax.core.validation import check_int, check_type
 from localsgd_jax.schedules.schedule import Schedule, Step, isin
 
 
@@ -77,6 +77,7 @@ def at_steps(steps: Iterable[int]) -> Schedule:
     References:
       Stich 2019, Definition 2.1.
     """
+    check_type("at_steps(steps)", "steps", steps, Iterable)
     indices = frozenset(check_int("at_steps(steps)", "each step", t, 1) for t in steps)
     if not indices:
         raise ValueError("at_steps(steps): at least one step is needed, got none")

@@ -4,7 +4,7 @@ import itertools
 
 import jax
 
-from localsgd_jax.core.validation import check, check_int
+from localsgd_jax.core.validation import check, check_int, check_type
 from localsgd_jax.schedules.schedule import Schedule, Step
 
 CHECKED_STEPS = 1000
@@ -122,8 +122,7 @@ def with_lag(schedule: Schedule, tau: int) -> Schedule:
 
 def _check_offset(call: str, schedule: Schedule, tau: int) -> int:
     """Returns τ; raises unless it is below the spacing of the schedule."""
-    if not isinstance(schedule, Schedule):
-        raise TypeError(f"{call}(schedule): a schedule is needed, got {schedule!r}")
+    check_type(f"{call}(schedule)", "schedule", schedule, Schedule)
     tau = check_int(f"{call}(tau)", "tau", tau, 1)
     steps = [0, *schedule.steps(CHECKED_STEPS)]
     spacing = min((b - a for a, b in itertools.pairwise(steps)), default=tau + 1)

@@ -9,7 +9,12 @@ import jax.numpy as jnp
 import optax
 
 from localsgd_jax.core.pytrees import accumulation_dtype
-from localsgd_jax.core.validation import check, check_min
+from localsgd_jax.core.validation import (
+    MAX_INT64,
+    check_int,
+    check_number,
+    check_type,
+)
 from localsgd_jax.theory.constants import check_curvature
 
 
@@ -35,8 +40,8 @@ def stepsize(mu: float, a: float) -> optax.Schedule:
     References:
       Stich 2019, Theorem 2.2.
     """
-    check(mu > 0, "stepsize(mu)", "mu must be positive", mu)
-    check(a > 1, "stepsize(a)", "a must exceed 1", a)
+    mu = check_number("stepsize(mu)", "mu", mu, above=0)
+    a = check_number("stepsize(a)", "a", a, above=1)
     return lambda count: 4.0 / (mu * (a + count))
 
 
@@ -66,8 +71,8 @@ def shift(mu: float, smoothness: float, period: int, delay: int = 0) -> int:
       Stich 2019, Theorems 2.2 and 5.1.
     """
     check_curvature("shift", mu, smoothness)
-    check_min("shift", 1, period=period)
-    check_min("shift", 0, delay=delay)
+    check_int("shift(period)", "period", period, 1, MAX_INT64)
+    check_int("shift(delay)", "delay", delay, 0, MAX_INT64)
     return math.floor(max(16 * smoothness / mu, period + delay)) + 1
 
 
@@ -96,8 +101,8 @@ def weights(a: float, power: int = 2) -> optax.Schedule:
     References:
       Stich 2019, Theorem 2.2.
     """
-    check(a > 0, "weights(a)", "a must be positive", a)
-    check_min("weights", 0, power=power)
+    a = check_number("weights(a)", "a", a, above=0)
+    power = check_number("weights(power)", "power", power, at_least=0)
     # A float, because a² exceeds int32 for a = 16κ of practical problems.
     return lambda count: (float(a) + count) ** power
 
@@ -124,7 +129,8 @@ def weight_sum(steps: int, a: float) -> float:
     References:
       Stich 2019, Lemma 3.4.
     """
-    check_min("weight_sum", 1, steps=steps, a=a)
+    check_int("weight_sum(steps)", "steps", steps, 1, MAX_INT64)
+    check_number("weight_sum(a)", "a", a, at_least=1)
     return steps * (2 * steps**2 + 6 * a * steps - 3 * steps + 6 * a**2 - 6 * a + 1) / 6
 
 
@@ -170,6 +176,9 @@ def running_average(weight: Callable) -> RunningAverage:
     Returns:
       `init` and `update`, for any pytree; `state.mean` is the average so far.
 
+    Raises:
+      TypeError: if the weight is not callable.
+
     Example:
       >>> average = running_average(weights(a=3))
       >>> state = average.init(0.0)
@@ -181,6 +190,7 @@ def running_average(weight: Callable) -> RunningAverage:
     References:
       Stich 2019, Theorem 2.2.
     """
+    check_type("running_average(weight)", "weight", weight, Callable)
 
     def zeros(x):
         return jnp.zeros_like(x, accumulation_dtype(x))

@@ -2,7 +2,13 @@
 
 import math
 
-from localsgd_jax.core.validation import check, check_min
+from localsgd_jax.core.validation import (
+    MAX_INT64,
+    check,
+    check_int,
+    check_number,
+    check_type,
+)
 from localsgd_jax.theory.averages import weight_sum
 from localsgd_jax.theory.constants import (
     BoundTerms,
@@ -41,18 +47,7 @@ def bound(
     References:
       Stich 2019, Theorem 2.2.
     """
-    check_parameters("bound", constants, run)
-    mu, smoothness, variance, second_moment = constants
-    workers, period, steps, batch = run
-    check_min("bound", 0, distance=distance)
-    min_shift = max(16 * smoothness / mu, period)
-    check(a > min_shift, "bound(a)", f"a must exceed max(16 kappa, H) = {min_shift}", a)
-    total = weight_sum(steps, a)
-    return BoundTerms(
-        initial=mu * a**3 / (2 * total) * distance,
-        noise=4 * steps * (steps + 2 * a) / (mu * workers * total) * variance / batch,
-        drift=256 * steps / (mu**2 * total) * second_moment * period**2 * smoothness,
-    )
+    return _bound("bound", constants, run, distance, a)
 
 
 def one_shot_bound(
@@ -85,7 +80,9 @@ def one_shot_bound(
     References:
       Stich 2019, Theorem 2.2.
     """
-    return bound(constants, run._replace(period=run.steps), distance, a)
+    check_type("one_shot_bound(run)", "run", run, RunParameters)
+    one_round = run._replace(period=run.steps)
+    return _bound("one_shot_bound", constants, one_round, distance, a)
 
 
 def rate(constants: Constants, run: RunParameters) -> BoundTerms:
@@ -153,9 +150,11 @@ def longest_period(constants: Constants, run: RunParameters, a: float) -> int:
     References:
       Stich 2019, Corollary 2.3; the constant from Theorem 2.2's terms.
     """
-    call, rule = "longest_period(constants)", "second_moment must be positive"
-    check(constants.second_moment > 0, call, rule, constants.second_moment)
-    terms = bound(constants, run._replace(period=1), 0.0, a)
+    call, name = "longest_period(constants)", "second_moment"
+    check_type(call, "constants", constants, Constants)
+    check_type("longest_period(run)", "run", run, RunParameters)
+    check_number(call, name, constants.second_moment, above=0)
+    terms = _bound("longest_period", constants, run._replace(period=1), 0.0, a)
     balanced = math.floor(math.sqrt(terms.noise / terms.drift))
     return max(1, min(balanced, run.steps, math.ceil(a) - 1))
 
@@ -207,10 +206,35 @@ def asynchronous_bound(
     References:
       Stich 2019, Theorem 5.1.
     """
-    check_min("asynchronous_bound", 0, delay=delay)
-    check_parameters("asynchronous_bound", constants, run)
-    effective_period, call = run.period + delay, "asynchronous_bound(period, delay)"
+    call, name = "asynchronous_bound", "coefficient"
+    check_int(f"{call}(delay)", "delay", delay, 0, MAX_INT64)
+    check_number(f"{call}({name})", name, coefficient, at_least=0)
+    check_parameters(call, constants, run)
+    effective_period = run.period + delay
     rule = f"period + delay must be at most steps = {run.steps}"
-    check(effective_period <= run.steps, call, rule, run.period, delay)
-    terms = bound(constants, run._replace(period=effective_period), distance, a)
+    in_run = effective_period <= run.steps
+    check(in_run, f"{call}(period, delay)", rule, run.period, delay)
+    delayed = run._replace(period=effective_period)
+    terms = _bound(call, constants, delayed, distance, a)
     return terms._replace(drift=coefficient / 256 * terms.drift)
+
+
+def _bound(
+    call: str, constants: Constants, run: RunParameters, distance: float, a: float
+) -> BoundTerms:
+    """Returns the bound of Theorem 2.2; messages name `call`."""
+    check_parameters(call, constants, run)
+    mu, smoothness, variance, second_moment = constants
+    workers, period, steps, batch = run
+    check_number(f"{call}(distance)", "distance", distance, at_least=0)
+    check_number(f"{call}(a)", "a", a)
+    min_shift = max(16 * smoothness / mu, period)
+    check(
+        a > min_shift, f"{call}(a)", f"a must exceed max(16 kappa, H) = {min_shift}", a
+    )
+    total = weight_sum(steps, a)
+    return BoundTerms(
+        initial=mu * a**3 / (2 * total) * distance,
+        noise=4 * steps * (steps + 2 * a) / (mu * workers * total) * variance / batch,
+        drift=256 * steps / (mu**2 * total) * second_moment * period**2 * smoothness,
+    )

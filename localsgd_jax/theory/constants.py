@@ -2,7 +2,13 @@
 
 from typing import NamedTuple
 
-from localsgd_jax.core.validation import check, check_min
+from localsgd_jax.core.validation import (
+    MAX_INT64,
+    check,
+    check_int,
+    check_number,
+    check_type,
+)
 
 
 class Constants(NamedTuple):
@@ -54,22 +60,23 @@ class BoundTerms(NamedTuple):
 
 
 def check_parameters(call: str, constants: Constants, run: RunParameters) -> None:
-    """Raises a ValueError if a constant or parameter is out of range."""
+    """Raises unless all constants and parameters are numbers in their ranges."""
+    check_type(f"{call}(constants)", "constants", constants, Constants)
+    check_type(f"{call}(run)", "run", run, RunParameters)
     check_curvature(call, constants.mu, constants.smoothness)
-    check_min(
-        call,
-        0,
-        variance=constants.variance,
-        second_moment=constants.second_moment,
-    )
-    check_min(call, 1, **run._asdict())
+    for name in ("variance", "second_moment"):
+        value = getattr(constants, name)
+        check_number(f"{call}({name})", name, value, at_least=0)
+    for name, value in run._asdict().items():
+        check_int(f"{call}({name})", name, value, 1, MAX_INT64)
     rule = "period must be at most steps"
     period, steps = run.period, run.steps
     check(period <= steps, f"{call}(period, steps)", rule, period, steps)
 
 
 def check_curvature(call: str, mu: float, smoothness: float) -> None:
-    """Raises a ValueError unless 0 < μ ≤ L."""
-    check(mu > 0, f"{call}(mu)", "mu must be positive", mu)
+    """Raises unless 0 < μ ≤ L < ∞."""
+    check_number(f"{call}(mu)", "mu", mu, above=0)
+    check_number(f"{call}(smoothness)", "smoothness", smoothness)
     rule = "mu must be at most smoothness"
     check(mu <= smoothness, f"{call}(mu, smoothness)", rule, mu, smoothness)

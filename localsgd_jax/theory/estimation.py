@@ -1,6 +1,6 @@
 """Problem constants: exact, or estimated along a trajectory."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 import jax
@@ -9,7 +9,13 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from localsgd_jax.core.pytrees import promote
-from localsgd_jax.core.validation import check
+from localsgd_jax.core.validation import (
+    check,
+    check_array_leaves,
+    check_int,
+    check_number,
+    check_type,
+)
 from localsgd_jax.theory.constants import Constants, check_curvature
 
 
@@ -33,10 +39,9 @@ def logistic_curvature(features, penalty: float) -> tuple[float, float]:
       >>> logistic_curvature(np.array([[2.0], [2.0]]), penalty=0.5)
       (0.5, 1.5)
     """
-    check(
-        penalty > 0, "logistic_curvature(penalty)", "penalty must be positive", penalty
-    )
-    features = np.asarray(features, np.float64)
+    call = "logistic_curvature"
+    penalty = check_number(f"{call}(penalty)", "penalty", penalty, above=0)
+    features = _finite_matrix(f"{call}(features)", "features", features)
     top = np.linalg.eigvalsh(features.T @ features)[-1]
     return penalty, float(top) / (4 * len(features)) + penalty
 
@@ -60,7 +65,10 @@ def quadratic_curvature(hessian) -> tuple[float, float]:
       >>> quadratic_curvature(np.diag([3.0, 1.0]))
       (1.0, 3.0)
     """
-    hessian, call = np.asarray(hessian, np.float64), "quadratic_curvature(hessian)"
+    call = "quadratic_curvature(hessian)"
+    hessian = _finite_matrix(call, "hessian", hessian)
+    is_square = hessian.shape[0] == hessian.shape[1]
+    check(is_square, call, "hessian must be square", f"shape {hessian.shape}")
     skew = float(np.abs(hessian - hessian.T).max())
     symmetric = np.allclose(hessian, hessian.T)
     check(symmetric, call, "hessian must be symmetric", f"|A - A^T| = {skew}")
@@ -116,8 +124,10 @@ def curvature(
 
         return jax.jvp(jax.grad(mean), (flat,), (vector,))[1]
 
+    _check_functions("curvature", loss, examples, path)
+    check_int("curvature(iterations)", "iterations", iterations, 1)
     estimates = []
-    for params in path:
+    for params in _points("curvature", path):
         flat, _ = ravel_pytree(promote(params))
         start = jax.random.normal(jax.random.key(0), flat.shape, flat.dtype)
         estimates.append(
@@ -155,6 +165,7 @@ def estimate(
       Constants(mu=1.0, smoothness=1.0, variance=1.0, second_moment=5.0)
     """
     check_curvature("estimate", mu, smoothness)
+    _check_functions("estimate", loss, examples, path)
 
     @jax.jit
     def moments(params, examples):
@@ -162,7 +173,7 @@ def estimate(
         noise = jax.tree.map(lambda g: g - g.mean(0, keepdims=True), gradients)
         return _mean_square(noise), _mean_square(gradients)
 
-    estimates = [moments(params, examples) for params in path]
+    estimates = [moments(x, examples) for x in _points("estimate", path)]
     _check_path("estimate", estimates)
     variance, second_moment = (float(max(m)) for m in zip(*estimates, strict=True))
     return Constants(mu, smoothness, variance, second_moment)
@@ -203,6 +214,34 @@ def _extreme_ritz_values(
     # Only the lower triangle is read.
     values, vectors = np.linalg.eigh(np.diag(diagonal) + np.diag(off_diagonal, -1))
     return values[[0, -1]], norm * np.abs(vectors[-1, [0, -1]])
+
+
+def _finite_matrix(call: str, name: str, matrix: object) -> np.ndarray:
+    """Returns a matrix in float64; raises unless it is real, finite and not empty."""
+    check_array_leaves(call, name, matrix if hasattr(matrix, "dtype") else [matrix])
+    array = np.asarray(matrix)
+    if np.iscomplexobj(array):
+        raise TypeError(f"{call}: {name} must be real, got {array.dtype}")
+    shaped = array.ndim == 2 and array.size > 0
+    check(shaped, call, f"{name} must be a matrix", f"shape {array.shape}")
+    array = array.astype(np.float64)
+    bad = array[~np.isfinite(array)]
+    check(not bad.size, call, f"{name} must be finite", *bad[:1])
+    return array
+
+
+def _check_functions(call: str, loss: Callable, examples: object, path: object) -> None:
+    """Raises a TypeError unless the arguments are a function, arrays and points."""
+    check_type(f"{call}(loss)", "loss", loss, Callable)
+    check_type(f"{call}(path)", "path", path, Iterable)
+    check_array_leaves(f"{call}(examples)", "examples", examples)
+
+
+def _points(call: str, path: Iterable) -> Iterator:
+    """Yields the points of a trajectory; raises a TypeError if a leaf is no array."""
+    for params in path:
+        check_array_leaves(f"{call}(path)", "path", params)
+        yield params
 
 
 def _check_path(call: str, estimates: list) -> None:

@@ -1,6 +1,6 @@
 """Lemmas of the theorems: Lemmas 3.1 to 3.4 of Stich 2019."""
 
-from localsgd_jax.core.validation import check, check_min
+from localsgd_jax.core.validation import MAX_INT64, check, check_int, check_number
 from localsgd_jax.theory.averages import weight_sum
 from localsgd_jax.theory.constants import BoundTerms, check_curvature
 
@@ -29,7 +29,7 @@ def descent(
       The right-hand side.
 
     Raises:
-      ValueError: if μ ≤ 0, L < μ or η > 1/(4L).
+      ValueError: if μ ≤ 0, L < μ, η > 1/(4L), or a number is negative.
 
     Example:
       >>> descent(8.0, 1.0, 16.0, 4.0, learning_rate=0.125, mu=1.0, smoothness=2.0)
@@ -39,6 +39,14 @@ def descent(
       Stich 2019, Lemma 3.1.
     """
     check_curvature("descent", mu, smoothness)
+    for name, value in (
+        ("distance", distance),
+        ("gap", gap),
+        ("variance", variance),
+        ("drift", drift),
+        ("learning_rate", learning_rate),
+    ):
+        check_number(f"descent({name})", name, value, at_least=0)
     largest = 1 / (4 * smoothness)
     rule = f"learning_rate must be at most 1/(4 smoothness) = {largest}"
     check(learning_rate <= largest, "descent(learning_rate)", rule, learning_rate)
@@ -59,7 +67,7 @@ def mean_variance(variance: float, workers: int, batch: int = 1) -> float:
       The right-hand side.
 
     Raises:
-      ValueError: if K < 1 or b < 1.
+      ValueError: if σ² < 0, K < 1 or b < 1.
 
     Example:
       >>> mean_variance(8.0, workers=4, batch=2)
@@ -68,7 +76,9 @@ def mean_variance(variance: float, workers: int, batch: int = 1) -> float:
     References:
       Stich 2019, Lemma 3.2.
     """
-    check_min("mean_variance", 1, workers=workers, batch=batch)
+    check_number("mean_variance(variance)", "variance", variance, at_least=0)
+    check_int("mean_variance(workers)", "workers", workers, 1, MAX_INT64)
+    check_int("mean_variance(batch)", "batch", batch, 1, MAX_INT64)
     return variance / (workers * batch)
 
 
@@ -92,7 +102,7 @@ def drift(learning_rate: float, second_moment: float, period: int) -> float:
       The right-hand side.
 
     Raises:
-      ValueError: if H < 1.
+      ValueError: if η < 0, G² < 0 or H < 1.
 
     Example:
       >>> drift(0.5, second_moment=2.0, period=3)
@@ -101,7 +111,10 @@ def drift(learning_rate: float, second_moment: float, period: int) -> float:
     References:
       Stich 2019, Lemma 3.3.
     """
-    check_min("drift", 1, period=period)
+    name, moment = "learning_rate", "second_moment"
+    check_number(f"drift({name})", name, learning_rate, at_least=0)
+    check_number(f"drift({moment})", moment, second_moment, at_least=0)
+    check_int("drift(period)", "period", period, 1, MAX_INT64)
     return 4 * learning_rate**2 * second_moment * period**2
 
 
@@ -124,7 +137,7 @@ def telescope(
       The three terms of the right-hand side.
 
     Raises:
-      ValueError: if μ ≤ 0, T < 1 or a ≤ 1.
+      ValueError: if μ ≤ 0, T < 1, a ≤ 1, or r₀, B or C is negative.
 
     Example:
       >>> telescope(4.0, 2.0, 10.0, mu=4.0, steps=7, a=3)
@@ -133,8 +146,11 @@ def telescope(
     References:
       Stich 2019, Lemma 3.4.
     """
-    check(mu > 0, "telescope(mu)", "mu must be positive", mu)
-    check(a > 1, "telescope(a)", "a must exceed 1", a)
+    for name, value in (("first", first), ("noise", noise), ("drift", drift)):
+        check_number(f"telescope({name})", name, value, at_least=0)
+    check_number("telescope(mu)", "mu", mu, above=0)
+    check_int("telescope(steps)", "steps", steps, 1, MAX_INT64)
+    check_number("telescope(a)", "a", a, above=1)
     total = weight_sum(steps, a)
     return BoundTerms(
         initial=mu * a**3 / (4 * total) * first,

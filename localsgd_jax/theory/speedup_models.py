@@ -2,7 +2,7 @@
 
 import math
 
-from localsgd_jax.core.validation import check_min
+from localsgd_jax.core.validation import MAX_INT64, check_int, check_number
 
 
 def speedup(workers: int, period: int, ratio: float, accuracy: float = 0.0) -> float:
@@ -30,8 +30,7 @@ def speedup(workers: int, period: int, ratio: float, accuracy: float = 0.0) -> f
     References:
       Stich 2019, the speedup model of its experiments.
     """
-    check_min("speedup", 1, workers=workers, period=period)
-    check_min("speedup", 0, ratio=ratio, accuracy=accuracy)
+    _check("speedup", workers, period, ratio, accuracy)
     growth = accuracy * (1 + period + period**2 * workers)
     return _modelled_speedup(workers, period, ratio, growth)
 
@@ -66,10 +65,17 @@ def corrected_speedup(
     References:
       Stich 2019, Corollary 2.3 and the speedup model of its experiments.
     """
-    check_min("corrected_speedup", 1, workers=workers, period=period)
-    check_min("corrected_speedup", 0, ratio=ratio, accuracy=accuracy)
+    _check("corrected_speedup", workers, period, ratio, accuracy)
     growth = 4 * workers * accuracy * (1 + period + period**2 * workers)
     return _modelled_speedup(workers, period, ratio, growth)
+
+
+def _check(call: str, workers: int, period: int, ratio: float, accuracy: float) -> None:
+    """Raises unless all arguments are numbers in their ranges."""
+    check_int(f"{call}(workers)", "workers", workers, 1, MAX_INT64)
+    check_int(f"{call}(period)", "period", period, 1, MAX_INT64)
+    check_number(f"{call}(ratio)", "ratio", ratio, at_least=0)
+    check_number(f"{call}(accuracy)", "accuracy", accuracy, at_least=0)
 
 
 def _modelled_speedup(workers: int, period: int, ratio: float, growth: float) -> float:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from localsgd_jax.core.types import PyTree
-from localsgd_jax.core.validation import check_int
+from localsgd_jax.core.validation import check_int, check_names, check_type, describe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Callbacks:
       save_every: number of local steps between two calls of `save`.
 
     Raises:
-      TypeError: if `evaluate_every` or `save_every` is not an int.
+      TypeError: if a function is not callable, a field no name, or a period no int.
       ValueError: if one of them is below 1.
     """
 
@@ -47,7 +47,12 @@ class Callbacks:
     save_every: int = 1000
 
     def __post_init__(self) -> None:
-        """Validates the two periods."""
+        """Validates functions, names and the two periods."""
+        for name in ("evaluate", "on_round_end", "save"):
+            if getattr(self, name) is not None:
+                check_type(f"train({name})", name, getattr(self, name), Callable)
+        if self.eval_fields is not None:
+            check_names("train(eval_fields)", "eval_fields", self.eval_fields)
         for name in ("evaluate_every", "save_every"):
             check_int(f"train({name})", name, getattr(self, name), 1)
 
@@ -107,6 +112,6 @@ def _to_float(name: str, value: object) -> float:
     if np.ndim(value) or not np.issubdtype(np.asarray(value).dtype, np.number):  # pyright: ignore[reportArgumentType]
         raise TypeError(
             "train(evaluate): it must return a number or a dict of numbers, got "
-            f"{value!r} for {name!r}"
+            f"{describe(value)} for {name!r}"
         )
     return float(np.asarray(value))

@@ -7,7 +7,7 @@ from itertools import islice
 import jax
 import numpy as np
 
-from localsgd_jax import schedules
+from localsgd_jax.core import validation
 from localsgd_jax.core.metrics import rule_metrics
 from localsgd_jax.core.types import Cluster, PyTree, State
 from localsgd_jax.data.prefetch import SynchronizedPrefetcher
@@ -21,7 +21,7 @@ from localsgd_jax.training.history import History, HistoryRecorder
 from localsgd_jax.training.outputs import RunOutputs
 from localsgd_jax.training.progress import progress_bar
 from localsgd_jax.training.round_weights import RoundWeights, Weights
-from localsgd_jax.training.run_context import RunSettings, context_of
+from localsgd_jax.training.run_context import RunSettings, context_of, train_schedule
 from localsgd_jax.training.segments import segments
 
 
@@ -106,9 +106,9 @@ def train(
         batch shapes, if the batches of another process raise, or if one does not
         respond in time.
       ValueError: if an argument is out of range, a batch does not have K rows, there is
-        no metric of the name `weights`, the schedule is not deterministic, or a metric
-        has the name of another column.
-      TypeError: if batches differ in structure, or `schedule` is no schedule.
+        no metric of the name `weights`, the schedule is not deterministic, a metric has
+        the name of another column, or the state was donated.
+      TypeError: if an argument has the wrong type, or batches differ in structure.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -121,7 +121,8 @@ def train(
       >>> history["step"], history["bytes"]
       (array([2, 4, 5]), array([ 4,  8, 12]))
     """
-    schedule = schedule if callable(schedule) else schedules.every(schedule)
+    _check_inputs(cluster, state, batches)
+    schedule = train_schedule(schedule)
     callbacks = Callbacks(
         evaluate, evaluate_every, eval_fields, on_round_end, save, save_every
     )
@@ -164,6 +165,13 @@ def train(
     if save and examples:
         save(state, examples)
     return state, history.columns()
+
+
+def _check_inputs(cluster: Cluster, state: State, batches: Iterable[PyTree]) -> None:
+    """Raises unless the arguments are a cluster, a live state and an iterable."""
+    validation.check_type("train(cluster)", "cluster", cluster, Cluster)
+    validation.check_state("train(state)", state)
+    validation.check_type("train(batches)", "batches", batches, Iterable)
 
 
 def _num_examples(batches: PyTree) -> int:

@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 import jax
 
+from localsgd_jax import schedules
 from localsgd_jax.core.types import State
-from localsgd_jax.core.validation import check_int
+from localsgd_jax.core.validation import check_int, check_type
 from localsgd_jax.distributed import arrays
 from localsgd_jax.training.round_weights import RoundWeights
 
@@ -33,11 +34,35 @@ class RunSettings:
     max_steps_per_dispatch: int
 
     def __post_init__(self) -> None:
-        """Validates the numbers of steps."""
+        """Validates the schedule and the numbers of steps."""
+        check_type("train(schedule)", "schedule", self.schedule, Callable)
         if self.steps is not None:
             check_int("train(steps)", "steps", self.steps, 0)
         name = "max_steps_per_dispatch"
         check_int(f"train({name})", name, self.max_steps_per_dispatch, 1)
+
+
+def train_schedule(schedule: int | Callable) -> Callable:
+    """Returns the schedule of a training loop; a period h becomes `every(h)`.
+
+    Args:
+      schedule: argument of `train`.
+
+    Returns:
+      The schedule.
+
+    Raises:
+      TypeError: if it is neither a period nor callable.
+      ValueError: if the period is below 1.
+
+    Example:
+      >>> train_schedule(4)
+      every(4)
+    """
+    if callable(schedule):
+        return schedule
+    name = "a schedule that is not callable"
+    return schedules.every(check_int("train(schedule)", name, schedule, 1))
 
 
 class RunContext(NamedTuple):

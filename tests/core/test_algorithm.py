@@ -311,7 +311,7 @@ def init(rule, state=STATE):
         (
             lambda: lsgd.gated(None, 4),
             TypeError,
-            r"the schedule must be callable, got 4",
+            r"schedule must be callable, got 4",
         ),
         (lambda: lsgd.consensus(init(lsgd.average()), "w"), ValueError, "field 'w'"),
     ],

@@ -21,7 +21,7 @@ CALL = "call(x)"
             "call(x): x must be less than y, got 3 and 2",
         ),
         (
-            lambda: validation.check_min("call", 1, x=2, y=math.nan),
+            lambda: validation.check_number("call(y)", "y", math.nan, at_least=1),
             ValueError,
             "call(y): y must be at least 1, got nan",
         ),
@@ -36,17 +36,17 @@ CALL = "call(x)"
             "call(x): x must be at least 2, got 1",
         ),
         (
-            lambda: validation.check_positive(CALL, "x", "1"),
+            lambda: validation.check_number(CALL, "x", "1", above=0),
             TypeError,
-            "call(x): x must be a number, got '1'",
+            "call(x): x must be a real number, got '1'",
         ),
         (
-            lambda: validation.check_positive(CALL, "x", math.inf),
+            lambda: validation.check_number(CALL, "x", math.inf, above=0),
             ValueError,
-            "call(x): x must be finite and above 0, got inf",
+            "call(x): x must be finite, got inf",
         ),
         (
-            lambda: validation.check_unit_interval(CALL, "x", math.nan),
+            lambda: validation.check_number(CALL, "x", math.nan, at_least=0, at_most=1),
             ValueError,
             "call(x): x must be in [0, 1], got nan",
         ),
@@ -72,7 +72,7 @@ def test_messages_name_call_rule_and_value(function, error, message):
 
 def test_valid_arguments_are_returned():
     assert validation.check_int(CALL, "x", np.int32(3), 3) == 3
-    assert validation.check_positive(CALL, "x", 2) == 2.0
+    assert validation.check_number(CALL, "x", np.float32(2), above=0) == 2.0
     assert validation.check_weights(None, 2) is None
     validation.check_worker_axis(CALL, np.ones((2, 3)), workers=4, local_workers=2)
 

@@ -124,7 +124,7 @@ def test_seeds_differ():
             lambda: lsgd.partitioned_batches(
                 np.zeros(3), [np.array([0]), np.array([])], 1
             ),
-            r"got array\(\[\], dtype=float64\) for worker 1",
+            r"got int64\[0\] for worker 1",
         ),
         (
             lambda: lsgd.partitioned_batches(np.zeros(3), [np.array([3])], 1),

@@ -18,7 +18,7 @@ def test_all_reduce_of_four_workers_is_six_messages():
 
 
 def test_latency_does_not_depend_on_the_size():
-    slow = cost_model.Link(latency=1.0, bandwidth=math.inf)
+    slow = cost_model.Link(latency=1.0, bandwidth=1e300)
     assert (
         cost_model.all_reduce_time(slow, 5, 1)
         == cost_model.all_reduce_time(slow, 5, 1e12)
@@ -122,23 +122,23 @@ def test_negative_latency_becomes_zero():
         ),
         (
             lambda: cost_model.all_reduce_time(cost_model.Link(-1, 1), 2, 1),
-            "latency must be at least 0 .* got -1 and 1",
+            "latency must be at least 0, got -1",
         ),
         (
             lambda: cost_model.all_reduce_time(cost_model.Link(0, 0), 2, 1),
-            "bandwidth positive, got 0 and 0",
+            "bandwidth must be positive, got 0",
         ),
         (
             lambda: cost_model.exposed_communication_seconds(
                 WORKLOAD._replace(step_seconds=0), LINK
             ),
-            "step_seconds and bits must be positive, got 0 and 32",
+            "step_seconds must be positive, got 0",
         ),
         (
             lambda: cost_model.exposed_communication_seconds(
                 WORKLOAD._replace(bits=0), LINK
             ),
-            "must be positive, got 0.01 and 0",
+            "bits must be positive, got 0",
         ),
         (
             lambda: cost_model.exposed_communication_seconds(

@@ -61,7 +61,7 @@ def test_delayed_schedules_add_a_second_step_per_round(schedule, delayed, offset
         (
             lambda: lsgd.with_lag(6, 1),
             TypeError,
-            r"with_lag\(schedule\): a schedule is needed, got 6",
+            r"with_lag\(schedule\): schedule must be a Schedule, got 6",
         ),
     ],
 )

@@ -15,7 +15,7 @@ from localsgd_jax import theory
     [
         (lambda: theory.stepsize(0, 17), "stepsize(mu): mu must be positive, got 0"),
         (lambda: theory.stepsize(math.nan, 17), "mu must be positive, got nan"),
-        (lambda: theory.stepsize(1, 1), "stepsize(a): a must exceed 1, got 1"),
+        (lambda: theory.stepsize(1, 1), "stepsize(a): a must be above 1, got 1"),
         (
             lambda: theory.shift(1, 0.5, 1),
             "mu must be at most smoothness, got 1 and 0.5",
@@ -39,7 +39,7 @@ from localsgd_jax import theory
         (lambda: theory.telescope(1, 1, 1, mu=0, steps=1, a=2), "mu must be positive"),
         (
             lambda: theory.telescope(1, 1, 1, mu=1, steps=1, a=1),
-            "a must exceed 1, got 1",
+            "a must be above 1, got 1",
         ),
         (
             lambda: theory.longest_period(ONES._replace(second_moment=0.0), RUN, 17),
@@ -68,9 +68,9 @@ from localsgd_jax import theory
         (lambda: theory.logistic_curvature(np.eye(2), 0), "penalty must be positive"),
         (lambda: theory.quadratic_curvature(np.diag([1, 0])), "positive definite"),
         (lambda: theory.quadratic_curvature([[1, 1], [0, 1]]), "must be symmetric"),
-        (lambda: theory.estimate(None, None, [], 1.0, 1.0), "at least 1 point, got 0"),
-        (lambda: theory.estimate(None, None, [1], 2.0, 1.0), "got 2.0 and 1.0"),
-        (lambda: theory.curvature(None, None, []), "at least 1 point, got 0"),
+        (lambda: theory.estimate(abs, 1, [], 1.0, 1.0), "at least 1 point, got 0"),
+        (lambda: theory.estimate(abs, 1, [1], 2.0, 1.0), "got 2.0 and 1.0"),
+        (lambda: theory.curvature(abs, 1, []), "at least 1 point, got 0"),
         (
             lambda: theory.curvature(lambda x, _: x**0.5, jnp.ones(2), [-1.0]),
             "its Hessian must be finite, got nan",
@@ -119,6 +119,8 @@ def test_invalid_constants_raise(statement, changes, message):
 def test_small_shift_raises(period, a):
     least = max(16.0, period)
     message = f"bound(a): a must exceed max(16 kappa, H) = {least}, got {a}"
+    if math.isnan(a):
+        message = "bound(a): a must be finite, got nan"
     with pytest.raises(ValueError) as error:
         theory.bound(ONES, RUN._replace(period=period), 1.0, a)
     assert str(error.value) == message

@@ -1,0 +1,497 @@
+"""Table of the public functions with their valid arguments."""
+
+import functools
+import tempfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from harness.bad_arguments import TEXTS, numbers_in
+
+import localsgd_jax as lsgd
+from localsgd_jax import (
+    analysis,
+    asynchronous,
+    checkpoint,
+    data,
+    distributed,
+    execution,
+    fault_tolerance,
+    rules,
+    schedules,
+    theory,
+)
+from localsgd_jax.planning import cost_model, measurement
+
+MODULES = {
+    "localsgd_jax": lsgd,
+    "analysis": analysis,
+    "asynchronous": asynchronous,
+    "checkpoint": checkpoint,
+    "data": data,
+    "distributed": distributed,
+    "execution": execution,
+    "fault_tolerance": fault_tolerance,
+    "rules": rules,
+    "schedules": schedules,
+    "theory": theory,
+}
+PLANNING = (
+    *("all_reduce_time", "exposed_communication_fraction"),
+    *("exposed_communication_seconds", "fit_link", "recommend_period"),
+    *("period_for_communication_fraction", "round_time", "speedup"),
+)
+
+TRUTHS = ("true",)
+FRACTION = numbers_in(0, 1)
+BELOW_ONE = ("half",)
+POSITIVE = tuple(x for x in numbers_in(0, 1e31) if x != "minus one")
+ANY_NUMBER = numbers_in(-1, 1e31)
+NONE = ("none",)
+NAME = ("text",)
+FUNCTION = ("function", "class")
+RATE = (*POSITIVE, *FUNCTION)
+TREE = ("dict", "list", "array", "half", "minus one", "large float", "true", "none")
+TREE = (*TREE, "complex", "nan", "inf", "minus inf", "huge int")
+CONSTANTS = theory.Constants(1.0, 1.0, 1.0, 1.0)
+RUN = theory.RunParameters(4, 4, 100)
+LINK = cost_model.Link(1e-3, 1e6)
+WORKLOAD = cost_model.Workload(2, 0.1, 1000)
+RULE = lsgd.average()
+OPTIMIZER = optax.sgd(0.1)
+ALGORITHM = lsgd.local_sgd(lambda w, b: (w - b) ** 2, OPTIMIZER, RULE)
+OPS = (analysis.CollectiveOp("all-reduce", ("f32",), 8, 8.0, ((0, 1),), ("worker",)),)
+
+
+@functools.cache
+def cluster():
+    return lsgd.simulate(ALGORITHM, 2)
+
+
+@functools.cache
+def state():
+    return cluster().init(jnp.zeros(()))
+
+
+@functools.cache
+def mesh():
+    return jax.make_mesh((1,), ("worker",), devices=jax.devices()[:1])
+
+
+@functools.cache
+def process_cluster():
+    return execution.on_processes(ALGORITHM, mesh(), 2)
+
+
+def events():
+    return asynchronous.simulate_events(2, 4, 2)
+
+
+def rule_only(**more):
+    return {"rule": RULE} | more
+
+
+TRAIN = {
+    "cluster": cluster,
+    "state": state,
+    "batches": lambda: [jnp.ones(2)],
+    "schedule": 2,
+    "evaluate": None,
+    "evaluate_every": 1,
+    "eval_fields": "params",
+    "on_round_end": None,
+    "save": None,
+    "save_every": 10,
+    "steps": 0,
+    "max_steps_per_dispatch": 4,
+}
+# Functions and None are valid; a batch may be anything that is iterated.
+TRAIN_ACCEPTS = {
+    "schedule": FUNCTION,
+    "evaluate": (*NONE, *FUNCTION),
+    "eval_fields": (*NONE, *NAME),
+    "on_round_end": (*NONE, *FUNCTION),
+    "save": (*NONE, *FUNCTION),
+    "steps": NONE,
+    "batches": ("list", "dict", "array", "array of text", *TEXTS, "bytes"),
+}
+TRAIN_ACCEPTS["batches"] = ("list", "dict", "array", "array of text")
+FAULT_TRAIN = {
+    name: TRAIN[name] for name in TRAIN if name != "max_steps_per_dispatch"
+} | {
+    "cluster": process_cluster,
+    "state": lambda: process_cluster().init(jnp.zeros(())),
+    "round_deadline": 1.0,
+    "min_processes": 1,
+    "sync_timeout": 1.0,
+    "straggler_timeout": 1.0,
+}
+
+SECONDS = {
+    "round_deadline": (*NONE, *POSITIVE),
+    "sync_timeout": POSITIVE,
+    "straggler_timeout": POSITIVE,
+}
+
+# Functions of name: valid arguments (made by a function where they are costly), and
+# for an argument the names of the legitimate values in `bad_arguments.FAMILY`.
+TABLE = {
+    # Rules.
+    "average": ({"axis": None}, {"axis": (*NONE, *NAME)}),
+    "cast": (
+        rule_only(dtype=jnp.bfloat16),
+        {"dtype": ()},
+    ),
+    "delay": (rule_only(), {}),
+    "diloco": (
+        {"learning_rate": 0.7, "momentum": 0.9},
+        {"learning_rate": RATE, "momentum": BELOW_ONE},
+    ),
+    "drop_outliers": (
+        rule_only(threshold=3.0, decay=0.9, warm_up=5),
+        {"threshold": POSITIVE, "decay": BELOW_ONE},
+    ),
+    "elastic_average": (
+        {"alpha": 0.1, "beta": 0.9},
+        {"alpha": FRACTION, "beta": FRACTION},
+    ),
+    "ema": (rule_only(decay=0.9), {"decay": BELOW_ONE}),
+    "fedadam": (
+        {"learning_rate": 0.1, "b1": 0.9, "b2": 0.99, "tau": 1e-3},
+        {"learning_rate": RATE, "b1": BELOW_ONE, "b2": BELOW_ONE, "tau": POSITIVE},
+    ),
+    "fedavgm": (
+        {"learning_rate": 1.0, "momentum": 0.9},
+        {"learning_rate": RATE, "momentum": BELOW_ONE},
+    ),
+    "flatten": (rule_only(), {}),
+    "floating_only": (rule_only(), {}),
+    "fragment": (
+        rule_only(n=2, grouping="bytes", split_axis=None, rounds_per_fragment=1),
+        {"grouping": FUNCTION, "split_axis": NONE},
+    ),
+    "gossip": ({"topology": "ring"}, {}),
+    "interpolate": (rule_only(alpha=0.5), {"alpha": FRACTION}),
+    "lookahead": ({"slow_step_size": 0.5}, {"slow_step_size": RATE}),
+    "merge_batch_stats": (
+        {"axis": None, "mean": "mean", "variance": "var"},
+        {"axis": (*NONE, *NAME), "mean": TEXTS, "variance": TEXTS},
+    ),
+    "outer": (
+        {"optimizer": OPTIMIZER, "reduce": RULE},
+        {"reduce": (*NONE, *NAME)},
+    ),
+    "overlap": (rule_only(), {}),
+    "quantize": (
+        rule_only(bits=4, rounding="nearest", block=256, seed=0),
+        {},
+    ),
+    "scaled_sign": (rule_only(), {}),
+    "shard_state": (rule_only(workers=2), {}),
+    "slowmo": (
+        {"learning_rate": 1.0, "momentum": 0.7},
+        {"learning_rate": RATE, "momentum": BELOW_ONE},
+    ),
+    "top_k": (rule_only(fraction=0.1), {"fraction": BELOW_ONE}),
+    "trimmed_mean": ({"fraction": 0.1}, {}),
+    "when": ({"schedule": lsgd.every(2), "rule": RULE}, {"schedule": FUNCTION}),
+    "with_diagnostics": (rule_only(), {}),
+    # Schedules.
+    "adacomm": ({"h": 8, "min_period": 1, "factor": 0.5}, {"factor": BELOW_ONE}),
+    "at_steps": ({"steps": [2, 3]}, {}),
+    "drift_triggered": (
+        {"h": 8, "threshold": 1.0, "max_period": 64, "column": "loss"},
+        {"threshold": POSITIVE, "column": TEXTS},
+    ),
+    "evenly_spaced": ({"h": 8, "n": 2}, {}),
+    "every": ({"h": 4}, {}),
+    "geometric": ({"h": 8, "rounds": 1, "factor": 2}, {}),
+    "post_local": ({"switch": 4, "h": 4}, {}),
+    "qsr": (
+        {"lr_schedule": optax.constant_schedule(0.1), "alpha": 0.1, "h_base": 2},
+        {"lr_schedule": FUNCTION, "alpha": POSITIVE},
+    ),
+    "with_lag": ({"schedule": lsgd.every(4), "tau": 2}, {}),
+    "with_lead": ({"schedule": lsgd.every(4), "tau": 2}, {}),
+    # Algorithms, placement and training.
+    "local_sgd": (
+        {"loss_fn": abs, "optimizer": OPTIMIZER, "rule": RULE, "has_aux": False},
+        {"loss_fn": FUNCTION, "has_aux": TRUTHS},
+    ),
+    "from_train_step": (
+        {"train_step": abs, "rule": RULE},
+        {"train_step": FUNCTION},
+    ),
+    "simulate": (
+        {"algorithm": ALGORITHM, "workers": 2, "axis": "worker", "worker_map": "vmap"},
+        {"axis": NAME},
+    ),
+    "on_mesh": (
+        {"algorithm": ALGORITHM, "mesh": mesh, "workers": 2, "worker_map": "vmap"},
+        {"workers": NONE},
+    ),
+    "execution.on_processes": (
+        {"algorithm": ALGORITHM, "mesh": mesh, "workers": 2, "worker_map": "vmap"},
+        {"workers": NONE},
+    ),
+    "consensus": ({"state": state, "field": "params"}, {"field": (*NONE, *NAME)}),
+    "local_workers": ({"cluster": cluster}, {}),
+    "fused": ({"cluster": cluster}, {}),
+    "gated": ({"cluster": cluster, "schedule": lsgd.every(2)}, {"schedule": FUNCTION}),
+    "train": (TRAIN, TRAIN_ACCEPTS),
+    "fault_tolerance.train": (FAULT_TRAIN, TRAIN_ACCEPTS | SECONDS),
+    # Data.
+    "shuffled_batches": (
+        {"data": np.arange(6), "workers": 2, "batch": 1, "seed": 0, "examples_seen": 0},
+        {"data": ("array",)},
+    ),
+    "partitioned_batches": (
+        {
+            "data": np.arange(6),
+            "shards": [np.arange(3)],
+            "batch": 1,
+            "seed": 0,
+            "examples_seen": 0,
+        },
+        {"data": ("array",)},
+    ),
+    "dirichlet_partition": (
+        {"labels": np.arange(8) % 2, "workers": 1, "alpha": 1.0, "seed": 0},
+        {"alpha": POSITIVE, "labels": ("array", "array of text")},
+    ),
+    # Theory and cost model.
+    "theory.bound": (
+        {"constants": CONSTANTS, "run": RUN, "distance": 1.0, "a": 17},
+        {"distance": POSITIVE, "a": ("large float", "huge int")},
+    ),
+    "theory.rate": ({"constants": CONSTANTS, "run": RUN}, {}),
+    "theory.longest_period": (
+        {"constants": CONSTANTS, "run": RUN, "a": 17},
+        {"a": ("large float", "huge int")},
+    ),
+    "theory.drift": (
+        {"learning_rate": 0.1, "second_moment": 1.0, "period": 4},
+        {"learning_rate": POSITIVE, "second_moment": POSITIVE},
+    ),
+    "theory.mean_variance": (
+        {"variance": 1.0, "workers": 2, "batch": 1},
+        {"variance": POSITIVE},
+    ),
+    "theory.descent": (
+        dict.fromkeys(("distance", "gap", "variance", "drift"), 1.0)
+        | {"learning_rate": 0.1, "mu": 1.0, "smoothness": 1.0},
+        dict.fromkeys(("distance", "gap", "variance", "drift"), POSITIVE)
+        | {"mu": BELOW_ONE, "smoothness": ("large float", "huge int")},
+    ),
+    "theory.telescope": (
+        {"first": 1.0, "noise": 1.0, "drift": 1.0, "mu": 1.0, "steps": 7, "a": 3},
+        dict.fromkeys(("first", "noise", "drift", "mu"), POSITIVE)
+        | {"a": ("large float", "huge int")},
+    ),
+    "theory.stepsize": (
+        {"mu": 1.0, "a": 17},
+        {"mu": POSITIVE, "a": ("large float", "huge int")},
+    ),
+    "theory.shift": (
+        {"mu": 1.0, "smoothness": 1.0, "period": 4, "delay": 0},
+        {"mu": BELOW_ONE, "smoothness": ("large float", "huge int")},
+    ),
+    "theory.weights": ({"a": 1.0, "power": 2}, {"a": POSITIVE, "power": POSITIVE}),
+    "theory.weight_sum": (
+        {"steps": 7, "a": 3},
+        {"a": ("large float", "huge int")},
+    ),
+    "theory.running_average": ({"weight": theory.weights(3)}, {"weight": FUNCTION}),
+    "theory.one_shot_bound": (
+        {"constants": CONSTANTS, "run": RUN, "distance": 1.0, "a": 101},
+        {"distance": POSITIVE, "a": ("large float", "huge int")},
+    ),
+    "theory.asynchronous_bound": (
+        {
+            "constants": CONSTANTS,
+            "run": RUN,
+            "distance": 1.0,
+            "a": 17,
+            "delay": 1,
+            "coefficient": 768,
+        },
+        {
+            "distance": POSITIVE,
+            "a": ("large float", "huge int"),
+            "coefficient": POSITIVE,
+        },
+    ),
+    "theory.speedup": (
+        {"workers": 2, "period": 2, "ratio": 1.0, "accuracy": 0.1},
+        {"ratio": POSITIVE, "accuracy": POSITIVE},
+    ),
+    "theory.corrected_speedup": (
+        {"workers": 2, "period": 2, "ratio": 1.0, "accuracy": 0.1},
+        {"ratio": POSITIVE, "accuracy": POSITIVE},
+    ),
+    "theory.logistic_curvature": (
+        {"features": np.ones((2, 1)), "penalty": 0.5},
+        {"penalty": POSITIVE},
+    ),
+    "theory.quadratic_curvature": ({"hessian": np.eye(2)}, {}),
+    "theory.curvature": (
+        {"loss": abs, "examples": jnp.ones(2), "path": [], "iterations": 2},
+        {"loss": FUNCTION, "examples": TREE, "path": ("list", "array", "dict")},
+    ),
+    "theory.estimate": (
+        {"loss": abs, "examples": 1.0, "path": [], "mu": 1.0, "smoothness": 1.0},
+        {
+            "loss": FUNCTION,
+            "examples": TREE,
+            "path": ("list", "array", "dict"),
+            "mu": BELOW_ONE,
+            "smoothness": ("large float", "huge int"),
+        },
+    ),
+    "planning.all_reduce_time": (
+        {"link": LINK, "workers": 2, "size": 8},
+        {"size": POSITIVE},
+    ),
+    "planning.exposed_communication_seconds": (
+        {"workload": WORKLOAD, "link": LINK},
+        {},
+    ),
+    "planning.exposed_communication_fraction": (
+        {"workload": WORKLOAD, "link": LINK, "period": 2},
+        {},
+    ),
+    "planning.round_time": ({"workload": WORKLOAD, "link": LINK, "period": 2}, {}),
+    "planning.speedup": ({"workload": WORKLOAD, "link": LINK, "period": 2}, {}),
+    "planning.period_for_communication_fraction": (
+        {"workload": WORKLOAD, "link": LINK, "max_fraction": 0.1},
+        {"max_fraction": BELOW_ONE},
+    ),
+    "planning.recommend_period": (
+        {"workload": WORKLOAD, "link": LINK, "max_fraction": 0.1, "max_period": 8},
+        {"max_fraction": BELOW_ONE, "max_period": NONE},
+    ),
+    "planning.fit_link": (
+        {"workers": 2, "sizes": (1e3, 1e6), "seconds": (0.1, 0.2)},
+        # Equal times are refused only if rounding does not make the slope positive.
+        {"seconds": ("array",)},
+    ),
+    # Asynchronous local SGD.
+    "asynchronous.constant_weighting": ({"value": 1.0}, {"value": POSITIVE}),
+    "asynchronous.polynomial_weighting": ({"power": 0.5}, {"power": POSITIVE}),
+    "asynchronous.server_optimizer": (
+        {"optimizer": OPTIMIZER, "weighting": None},
+        {"weighting": (*NONE, *FUNCTION)},
+    ),
+    "asynchronous.delayed_nesterov": (
+        {
+            "learning_rate": 0.7,
+            "momentum": 0.9,
+            "buffer": 2,
+            "activation": 0.0,
+            "weighting": None,
+        },
+        {
+            "learning_rate": POSITIVE,
+            "momentum": BELOW_ONE,
+            "buffer": NONE,
+            "activation": BELOW_ONE,
+            "weighting": (*NONE, *FUNCTION),
+        },
+    ),
+    "asynchronous.with_snapshots": (
+        {"aggregation": None, "count": 2, "every": 1},
+        {"aggregation": NONE},
+    ),
+    "asynchronous.random_speeds": (
+        {"workers": 2, "steps": 2, "std": 0.5, "seed": 0, "speed": 1.0},
+        {"std": POSITIVE, "speed": (*POSITIVE, "array")},
+    ),
+    "asynchronous.simulate_events": (
+        {"workers": 2, "steps": 2, "schedule": 1, "speed": 1.0, "delay": 0.0},
+        {
+            "schedule": FUNCTION,
+            "speed": (*POSITIVE, "array"),
+            "delay": (*POSITIVE, "array"),
+        },
+    ),
+    "asynchronous.max_staleness": ({"events": events}, {}),
+    "asynchronous.throughput": (
+        {"history": {"worker": [0], "steps": [1], "seconds": [1.0]}},
+        {},
+    ),
+    "asynchronous.simulate": (
+        {"algorithm": ALGORITHM, "events": events, "field": "params"},
+        {"field": TEXTS},
+    ),
+    "asynchronous.on_threads": (
+        {"algorithm": ALGORITHM, "devices": None, "field": "params"},
+        {"field": TEXTS, "devices": NONE},
+    ),
+    # Analysis, checkpoints and processes.
+    "analysis.filter_by_axis": (
+        {"ops": OPS, "axis": "worker"},
+        {"axis": (*NONE, *NAME)},
+    ),
+    "analysis.format_table": ({"ops": OPS}, {}),
+    "analysis.total_bytes_sent": (
+        {"ops": OPS, "axis": None, "network": None},
+        {"axis": (*NONE, *NAME), "network": NONE},
+    ),
+    "analysis.parse_collective_ops": (
+        {"text": "", "mesh": None},
+        {"text": TEXTS, "mesh": (*NONE, "dict")},
+    ),
+    "checkpoint.RunCheckpointer": (
+        {"directory": tempfile.gettempdir(), "cluster": cluster, "max_to_keep": 1},
+        {"directory": TEXTS},
+    ),
+    "checkpoint.export_params": (
+        {"directory": "unused", "tree": 1.0},
+        {"directory": TEXTS, "tree": TREE},
+    ),
+    "distributed.exit_process": ({"code": 1}, {"code": ()}),
+    "worker_mesh": (
+        {"workers": None, "devices": None, "inner_axes": None, "axis": "worker"},
+        {"workers": NONE, "devices": NONE, "inner_axes": (*NONE, "dict"), "axis": NAME},
+    ),
+    "initialize": (
+        {"timeout": 1.0, "heartbeat_timeout_seconds": 1, "recoverable": False},
+        {"timeout": ("half",), "recoverable": TRUTHS},
+    ),
+}
+# Functions whose arguments are arbitrary, and those that other tests call.
+EXEMPT = {
+    "bind_axis": "not in the table yet",
+    "replace_field": "not in the table yet",
+    "assert_no_collectives": "arguments of the step; tests/analysis",
+    "collective_ops": "arguments of the program; tests/analysis",
+    "analysis.jaxpr_bytes_sent": "arguments of the function; tests/analysis",
+    "chain": "any number of rules; tests/rules",
+    "identity": "no argument",
+    "median": "no argument",
+    "never": "no argument",
+    "reset_to_init": "no argument",
+    "asynchronous.mean_update": "no argument",
+    "recompute_batch_stats": "arguments of the model; tests/rules",
+    "execution.merge_late_sync": "jitted; trees of arrays",
+}
+
+
+def find(name):
+    """Returns a function by the name of its row."""
+    module, _, function = name.rpartition(".")
+    if module == "planning":
+        return getattr(cost_model, function, None) or getattr(measurement, function)
+    return getattr(MODULES[module or "localsgd_jax"], function)
+
+
+def arguments(good):
+    """Returns valid arguments with the results of functions of this module."""
+    made = (cluster, state, mesh, process_cluster, events, *_lambdas())
+    return {k: v() if any(v is m for m in made) else v for k, v in good.items()}
+
+
+def _lambdas():
+    """Returns the functions in the rows that make arguments."""
+    return (TRAIN["batches"], FAULT_TRAIN["state"])

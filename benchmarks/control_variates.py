@@ -142,7 +142,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("benchmark-results"))
     parser.add_argument("--size", type=int, default=1024, help="examples")
-    parser.add_argument("--rounds", type=int, default=320)
+    parser.add_argument("--rounds", type=int, default=240)
     parser.add_argument("--periods", type=int, nargs="+", default=[4, 16])
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args(arguments)

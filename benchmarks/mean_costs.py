@@ -2,7 +2,7 @@
 
 Command: python -m benchmarks mean_costs (4 minutes)
 Expected: 500 leaves of a million parameters at most 2 times one leaf inside of a
-program of several synchronisations; `fragment(diloco(), 4)` of 25 million parameters
+program of several synchronisations; `fragment(diloco(), 4)` of 5 million parameters
 at most 1.3 times a mean in the programs of `train`.
 
 K = 8 workers on 8 CPU devices. "leaf by leaf" sums each leaf by itself, as `average()`
@@ -169,7 +169,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--size", type=int, default=1_000_000, help="of many leaves")
     parser.add_argument("--leaves", type=int, nargs="+", default=[1, 10, 100, 500])
-    parser.add_argument("--fragment-size", type=int, default=25_000_000)
+    parser.add_argument("--fragment-size", type=int, default=5_000_000)
     parser.add_argument("--repeats", type=int, default=9)
     options = parser.parse_args(arguments)
     jax.config.update("jax_num_cpu_devices", WORKERS)

@@ -28,7 +28,9 @@ def average(axis: collectives.Axis = None) -> SyncRule:
         total weight of its workers.
 
     Returns:
-      A rule without state. It sends one all-reduce of the tree.
+      A rule without state. It sends one all-reduce of the tree; small leaves are
+      concatenated first, each device its own pieces of leaves of one dtype and
+      partition.
 
     Raises:
       TypeError: if the axis is no name; at `init`, for a leaf that is not floating

@@ -49,7 +49,8 @@ def test_restarted_syncer_has_the_state_of_the_one_before(tmp_path, save_every):
     ).start()
     while not state_of(first).pending:
         time.sleep(0.01)
-    first._storage._manager.wait_until_finished()
+    with first._condition:  # Held until the checkpoint of the last event has started.
+        first._storage._manager.wait_until_finished()
     second = open_syncer(job, tmp_path, save_every)
     jax.tree.map(np.testing.assert_array_equal, state_of(first), state_of(second))
     assert second.progress(0) == first.progress(0)

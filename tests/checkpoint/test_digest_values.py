@@ -1,0 +1,20 @@
+"""Digests of arrays: fixed values, and different keys for different positions."""
+
+import jax.numpy as jnp
+
+from localsgd_jax.checkpoint.digests import POSITION_MULTIPLIERS, leaf_digests
+
+
+def test_digests_stay_the_same():
+    """Checkpoints of earlier versions store these digests."""
+    rows = jnp.arange(6, dtype=jnp.float32).reshape(2, 3)
+    assert leaf_digests([rows, jnp.arange(3)], [True, False]) == [
+        ["32e2c8261cd4dd40", "1c19a36e6147583b"],
+        ["3747be95ef092151"],
+    ]
+
+
+def test_positions_have_different_keys():
+    """The map from a position to its two keys is invertible modulo 2³²."""
+    (a, b), (c, d) = POSITION_MULTIPLIERS
+    assert (a * d - b * c) % 2 == 1

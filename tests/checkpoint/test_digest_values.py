@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 
 from localsgd_jax.checkpoint.digests import POSITION_MULTIPLIERS, leaf_digests
+from localsgd_jax.checkpoint.errors import first_line
 
 
 def test_digests_stay_the_same():
@@ -18,3 +19,8 @@ def test_positions_have_different_keys():
     """The map from a position to its two keys is invertible modulo 2³²."""
     (a, b), (c, d) = POSITION_MULTIPLIERS
     assert (a * d - b * c) % 2 == 1
+
+
+def test_reason_of_damage_is_short():
+    assert first_line(ValueError("first\nsecond")) == "ValueError: first"
+    assert len(first_line(ValueError("x" * 300))) == 200

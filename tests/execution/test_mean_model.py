@@ -93,3 +93,10 @@ def test_no_parameters_are_sent_and_shards_stay():
         np.testing.assert_array_equal(row, np.ones((8, 16)))
     ops = lsgd.collective_ops(mean_model._workers_are_equal, leaves, mesh=devices)
     assert ops and all(op.bytes <= 16 for op in ops)
+
+
+def test_fields_keep_their_order():
+    values = {"a": 1, "b": 2}
+    assert list(mean_model.in_order(values, ["b", "a"])) == ["b", "a"]
+    assert mean_model.in_order(values, None) is values
+    assert mean_model.in_order(3, "a") == 3

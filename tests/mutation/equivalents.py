@@ -4,4 +4,13 @@ EQUIVALENT: dict[str, str] = {
     "checkpoint/run_checkpointer.py ReplaceTrueWithFalse 0": (
         "strict zip of two lists that both have one element per leaf"
     ),
+    "core/collectives.py NumberReplacer 19": (
+        "the first and the last element of a list of one argument"
+    ),
+    "core/pieces.py ReplaceTrueWithFalse 5": (
+        "strict zip of the leaves of a tree and of its specs, which have one length"
+    ),
+    "rules/decentralized.py NumberReplacer 3": (
+        "the first and the last element of a list whose length is 1"
+    ),
 }

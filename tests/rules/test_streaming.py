@@ -158,3 +158,8 @@ def test_one_fragment_equals_the_rule():
 def test_invalid_arguments_raise(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_leaf_of_two_rows_is_split():
+    groups = assign_fragments([np.zeros((2, 3), np.float32)], 2, split_axis=0)
+    assert [(part.start, part.stop) for (part,) in groups] == [(0, 1), (1, 2)]

@@ -121,3 +121,7 @@ def test_adacomm_in_a_run():
 def test_invalid_arguments_raise(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_step_0_is_not_due():
+    assert not lsgd.adacomm(4)(0) and not lsgd.drift_triggered(4, 1.0, 8)(0)

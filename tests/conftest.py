@@ -1,5 +1,6 @@
 """Test session: eight CPU devices, rank promotion raises, compiled programs cached."""
 
+import importlib.util
 import os
 import pathlib
 
@@ -16,3 +17,7 @@ import jax
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Programs of the extra `mutation`.
+if importlib.util.find_spec("cosmic_ray") is None:
+    collect_ignore = ["mutation/run.py", "mutation/sampling.py"]

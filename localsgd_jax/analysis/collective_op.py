@@ -140,7 +140,8 @@ def filter_by_axis(
     Raises:
       TypeError: if an argument has the wrong type.
     """
-    names = () if axis is None else check_names("filter_by_axis(axis)", "axis", axis)
+    call = "filter_by_axis(axis)"
+    names = check_names(call, "axis", axis) if axis or axis == "" else ()
     ops, names = check_ops("filter_by_axis(ops)", ops), set(names)
     return tuple(
         op for op in ops if not names or op.axes is None or names & set(op.axes)

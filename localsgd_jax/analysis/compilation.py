@@ -47,7 +47,7 @@ def check_mesh(call: str, mesh: Any) -> None:
     """Raises a TypeError unless the argument is a mesh, sizes of axes, or None."""
     if mesh is None:
         return
-    kinds = (jax.sharding.Mesh, jax.sharding.AbstractMesh, Mapping)
+    kinds = (jax.sharding.Mesh, jax.sharding.AbstractMesh, Mapping, DeviceLayout)
     validation.check_type(call, "mesh", mesh, *kinds)
 
 

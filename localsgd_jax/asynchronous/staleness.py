@@ -14,7 +14,7 @@ from localsgd_jax.asynchronous.aggregation import (
 )
 from localsgd_jax.core.pytrees import promote
 from localsgd_jax.core.types import PyTree
-from localsgd_jax.core.validation import check
+from localsgd_jax.core.validation import check_number
 
 _EPSILON = 1e-12
 
@@ -52,8 +52,8 @@ def cosine_gated_weighting(cutoff: float, decay: float = 0.1) -> Callable:
       Decoupled DiLoCo, 2026. arXiv:2605.09126
     """
     call = "cosine_gated_weighting"
-    check(cutoff > 0, f"{call}(cutoff)", "it must be positive", cutoff)
-    check(decay >= 0, f"{call}(decay)", "it must be at least 0", decay)
+    cutoff = check_number(f"{call}(cutoff)", "cutoff", cutoff, above=0)
+    decay = check_number(f"{call}(decay)", "decay", decay, at_least=0)
 
     def weighting(staleness: jax.typing.ArrayLike) -> jax.Array:
         age = jnp.minimum(jnp.asarray(staleness, jnp.float32), cutoff)
@@ -105,6 +105,12 @@ def align_to_momentum(
       Al Asif et al., HeLoCo: Efficient Asynchronous Low-Communication Training under
       Data and Device Heterogeneity, 2026. arXiv:2606.00271
     """
+    call = "align_to_momentum"
+    check_number(f"{call}(threshold)", "threshold", threshold, above=0)
+    name = "max_shrinkage"
+    check_number(f"{call}({name})", name, max_shrinkage, at_least=0, at_most=1)
+    check_number(f"{call}(strength)", "strength", strength)
+    check_number(f"{call}(scale)", "scale", scale)
 
     def align(delta: jax.Array, m: jax.Array) -> jax.Array:
         norm, m_norm = jnp.linalg.norm(delta), jnp.linalg.norm(m)
@@ -165,9 +171,11 @@ def aligned_nesterov(
       Data and Device Heterogeneity, 2026. arXiv:2606.00271
     """
     call = "aligned_nesterov"
-    positive = learning_rate > 0
-    check(positive, f"{call}(learning_rate)", "it must be positive", learning_rate)
-    check(0 <= momentum < 1, f"{call}(momentum)", "it must be in [0, 1)", momentum)
+    name = "learning_rate"
+    learning_rate = check_number(f"{call}({name})", name, learning_rate, above=0)
+    momentum = check_number(
+        f"{call}(momentum)", "momentum", momentum, at_least=0, below=1
+    )
     weighting = resolve_weighting(f"{call}(weighting)", weighting)
     if not callable(align):
         raise TypeError(

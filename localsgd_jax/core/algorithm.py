@@ -200,15 +200,7 @@ def from_train_step(train_step: Callable, rule: Rules = None) -> Algorithm:
     check_type("from_train_step(train_step)", "train_step", train_step, Callable)
     check_rules("from_train_step(rule)", rule)
     rules = rules_by_field(rule)
-    if not rules:
-        raise ValueError(
-            f"local_sgd(rule): at least one field must have a rule, got {rule!r}; "
-            'use {"params": identity()} to synchronise nothing'
-        )
-    fields = [name for field in rules for name in _names(field)]
-    repeated = sorted({name for name in fields if fields.count(name) > 1})
-    text = "each field must have one rule"
-    check(not repeated, "from_train_step(rule)", text, repeated)
+    _check_fields(rules)
 
     def init(worker: PyTree, specs: PyTree | None = None) -> tuple[PyTree, RuleState]:
         forbid_raw_keys("init(train_state)", worker)
@@ -231,8 +223,9 @@ def from_train_step(train_step: Callable, rule: Rules = None) -> Algorithm:
         worker: PyTree, state: RuleState, context: SyncContext
     ) -> tuple[PyTree, RuleState]:
         check_type("sync(state)", "the rule state", state.shared, Mapping)
-        same_fields = state.shared.keys() == rules.keys()
-        text = f"the state must be of rules for the fields {sorted(rules)}"
+        labels = sorted(map(_label, rules))
+        same_fields = sorted(state.shared) == labels
+        text = f"the state must be of rules for the fields {labels}"
         check(same_fields, "sync(state)", text, sorted(state.shared))
         trees, states = {}, {}
         specs = _fields(context.specs, rules)
@@ -299,6 +292,19 @@ def rules_by_field(rule: Rules) -> dict[Fields, SyncRule]:
         return {fields: field_rule for fields, field_rule in rule.items()}
     rule = average() if rule is None else rule
     return {getattr(rule, "fields", "params"): rule}
+
+
+def _check_fields(rules: Mapping[Fields, SyncRule]) -> None:
+    """Raises a ValueError unless there are fields, each with one rule."""
+    if not rules:
+        raise ValueError(
+            "local_sgd(rule): at least one field must have a rule, got {}; use "
+            '{"params": identity()} to synchronise nothing'
+        )
+    fields = [name for field in rules for name in _names(field)]
+    repeated = sorted({name for name in fields if fields.count(name) > 1})
+    text = "each field must have one rule"
+    check(not repeated, "from_train_step(rule)", text, repeated)
 
 
 def _names(field: Fields) -> tuple[str, ...]:

@@ -72,6 +72,8 @@ def value_name(value: object) -> str:
     if name := function_name(value):
         items = [f"{key}={text}" for key, text in _captured(value, set())]
         return _shorten(f"{name}({', '.join(items)})" if items else name)
+    if isinstance(value, Tracer):
+        return "traced"
     if isinstance(value, np.generic | jax.Array) and value.ndim == 0:
         value = value.item()
     return " ".join(_ADDRESS.sub("", repr(value)).split())
@@ -119,7 +121,11 @@ def _captured(value: Any, seen: set[int], name: str = "") -> Iterator[tuple[str,
         yield from _captured(value.__kwdefaults__, seen)
         if not (value.__module__ or "").startswith(_LIBRARIES):
             yield from (("code", text) for text in _code_values(value.__code__))
-    elif isinstance(value, np.ndarray | jax.Array) and value.ndim:
+    elif (
+        isinstance(value, np.ndarray | jax.Array)
+        and value.ndim
+        and not isinstance(value, Tracer)
+    ):
         yield name, _array_text(value)
     elif isinstance(value, bool | int | float | complex | str | np.generic | jax.Array):
         yield name, value_name(value)

@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from localsgd_jax.core.pytrees import is_traced
+
 _NUM_PROBED = 32
 
 
@@ -44,7 +46,10 @@ def checked_predicate(call: str, predicate: Callable) -> Callable:
     """
 
     def checked(number: int) -> bool:
-        first = bool(check_bool(call, predicate(number)))
+        result = check_bool(call, predicate(number))
+        if is_traced(result):  # By a number that it captures.
+            return result
+        first = bool(result)
         if first != bool(predicate(number)):
             raise ValueError(
                 f"{call}: it must return the same for the same number, got True and "

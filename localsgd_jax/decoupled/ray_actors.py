@@ -66,8 +66,9 @@ class SyncerActor:
             count += 1
         self._log = EventLog(directory, count)
         self._rows_file = open(self._rows_path, "a", buffering=1)
-        passed = time.time() - origin
-        self._origin = origin - max(0.0, self._host.last_time - passed)
+        # Hosts share the wall clock only; the events of an actor follow its own clock.
+        passed = max(time.time() - origin, self._host.last_time)
+        self._origin = time.monotonic() - passed
         self._condition = threading.Condition()
         self._answers: dict[tuple[int, int], Answer] = {}
         threading.Thread(target=self._watch_deadlines, daemon=True).start()
@@ -133,7 +134,7 @@ class SyncerActor:
     def _apply(self, event: Event) -> None:
         """Applies an event and stores the answers; the lock is held."""
         host, first = self._host, len(self._host.rows)
-        replies = host.apply(event._replace(time=time.time() - self._origin))
+        replies = host.apply(event._replace(time=time.monotonic() - self._origin))
         if isinstance(event, Leave):
             for key in [key for key in self._answers if key[0] == event.learner]:
                 del self._answers[key]
@@ -158,7 +159,8 @@ class SyncerActor:
         """Applies a Tick at each deadline."""
         with self._condition:
             while True:
-                now, deadline = time.time() - self._origin, self._host.state.deadline
+                now = time.monotonic() - self._origin
+                deadline = self._host.state.deadline
                 if deadline <= now:
                     self._apply(Tick(0.0))
                     continue

@@ -9,6 +9,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from localsgd_jax.core import train_state
 from localsgd_jax.core.pytrees import is_key
 from localsgd_jax.core.types import PyTree, State
+from localsgd_jax.core.validation import (
+    check,
+    check_array_leaves,
+    check_state,
+    check_type,
+)
 from localsgd_jax.distributed import arrays
 from localsgd_jax.execution.ambient_mesh import in_mesh_of_state
 from localsgd_jax.execution.replication import fold_in_workers
@@ -33,8 +39,9 @@ def replace_field(state: State, field: str, value: PyTree) -> State:
       The state with the field replaced. Shardings are kept.
 
     Raises:
-      ValueError: if the train state has no such field, or the value has another
-        structure, shape or dtype.
+      TypeError: if an argument has the wrong type.
+      ValueError: if the train state has no such field, the value has another structure,
+        shape or dtype, or the state was donated.
 
     Example:
       >>> import jax.numpy as jnp
@@ -48,7 +55,13 @@ def replace_field(state: State, field: str, value: PyTree) -> State:
       >>> lsgd.replace_field(state, "seen", 0).workers["seen"]
       Array([0, 0], dtype=int32)
     """
+    check_state("replace_field(state)", state)
+    check_type("replace_field(field)", "field", field, str)
+    names = train_state.field_names(state.workers)
+    text = f"field must be a field of the train state, {names}"
+    check(field in names, "replace_field(field)", text, repr(field))
     old = train_state.get_fields(state.workers, (field,))[field]
+    check_array_leaves("replace_field(value)", "value", value)
     value = jax.tree.map(jnp.asarray, value)
     _check_same_form(field, old, value)
     value = jax.tree.map(_replicate_like, old, value)
@@ -83,8 +96,8 @@ def _check_same_form(field: str, old: PyTree, value: PyTree) -> None:
     expected, given = map(_describe, (one_worker, value))
     if expected != given:
         raise ValueError(
-            f"replace_field(state, {field!r}, value): the value must be like the field "
-            f"of one worker, {expected}, got {given}"
+            f"replace_field(value): value must be like the field {field!r} of one "
+            f"worker, {expected}, got {given}"
         )
 
 

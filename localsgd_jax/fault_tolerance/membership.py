@@ -75,8 +75,9 @@ class Membership:
         ):
             check_number(f"Membership({name})", name, value, above=0)
         for device in devices:
-            name = "each of the devices"
-            check_type("Membership(devices)", name, device, jax.Device)
+            text = "each of the devices must be a jax.Device"
+            if not hasattr(device, "process_index"):
+                raise TypeError(f"Membership(devices): {text}, got {device!r}")
         self.devices = list(devices)
         self.processes = sorted({device.process_index for device in devices})
         self.process_index = jax.process_index()

@@ -71,13 +71,13 @@ def measure(
     """
     check_type("measure(mesh)", "mesh", mesh, Mesh)
     check_type("measure(axis)", "axis", axis, str)
-    _check_run("measure", cluster, state, batch, repeats)
     positions = mesh.shape.get(axis, 1)
     if positions < 2:
         raise ValueError(
             f"plan: an axis {axis!r} of size at least 2 is needed, got the mesh "
             f"{dict(mesh.shape)}"
         )
+    _check_run("measure", cluster, state, batch, repeats)
     params = jax.tree.leaves(train_state.get_fields(state.workers, ["params"]))
     parameters = sum(leaf.size // cluster.num_workers for leaf in params)
     largest = max(4 * parameters, MIN_ALL_REDUCE_BYTES)

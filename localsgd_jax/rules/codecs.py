@@ -41,7 +41,7 @@ class Codec(NamedTuple):
 
 
 def make_codec(encode: Callable, decode: Callable, block_size: int) -> Codec:
-    """Makes a codec whose round trip packs and unpacks."""
+    """Makes a codec with a round trip through packed codes."""
 
     def round_trip(x: jax.Array, key: jax.Array) -> jax.Array:
         return decode(encode(x, key)).reshape(x.shape)

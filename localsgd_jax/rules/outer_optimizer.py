@@ -145,7 +145,7 @@ def diloco(learning_rate: LearningRate = 0.7, momentum: float = 0.9) -> SyncRule
       Douillard et al., DiLoCo: Distributed Low-Communication Training of Language
       Models, 2023, Algorithm 1 and section 3. arXiv:2311.08105
     """
-    _check_rate("diloco", "learning_rate", learning_rate)
+    check_rate("diloco", "learning_rate", learning_rate)
     _check_decay("diloco", "momentum", momentum)
     rule = outer(optax.sgd(learning_rate, momentum, nesterov=True))
     return _named(rule, "diloco", learning_rate=learning_rate, momentum=momentum)
@@ -178,7 +178,7 @@ def slowmo(learning_rate: LearningRate = 1.0, momentum: float = 0.7) -> SyncRule
       Wang, Tantia, Ballas, Rabbat, SlowMo: Improving Communication-Efficient
       Distributed SGD with Slow Momentum, 2020, Algorithm 1. arXiv:1910.00643
     """
-    _check_rate("slowmo", "learning_rate", learning_rate)
+    check_rate("slowmo", "learning_rate", learning_rate)
     _check_decay("slowmo", "momentum", momentum)
     rule = outer(optax.sgd(learning_rate, momentum))
     return _named(rule, "slowmo", learning_rate=learning_rate, momentum=momentum)
@@ -208,7 +208,7 @@ def fedavgm(learning_rate: LearningRate = 1.0, momentum: float = 0.9) -> SyncRul
       Hsu, Qi, Brown, Measuring the Effects of Non-Identical Data Distribution for
       Federated Visual Classification, 2019, section 4.3. arXiv:1909.06335
     """
-    _check_rate("fedavgm", "learning_rate", learning_rate)
+    check_rate("fedavgm", "learning_rate", learning_rate)
     _check_decay("fedavgm", "momentum", momentum)
     rule = outer(optax.sgd(learning_rate, momentum))
     return _named(rule, "fedavgm", learning_rate=learning_rate, momentum=momentum)
@@ -249,7 +249,7 @@ def fedadam(
       Reddi et al., Adaptive Federated Optimization, 2021, Algorithm 2.
       arXiv:2003.00295
     """
-    _check_rate("fedadam", "learning_rate", learning_rate)
+    check_rate("fedadam", "learning_rate", learning_rate)
     _check_decay("fedadam", "b1", b1)
     _check_decay("fedadam", "b2", b2)
     check_number("fedadam(tau)", "tau", tau, above=0)
@@ -282,7 +282,7 @@ def lookahead(slow_step_size: LearningRate = 0.5) -> SyncRule:
       Zhang, Lucas, Hinton, Ba, Lookahead Optimizer: k steps forward, 1 step back, 2019,
       Algorithm 1. arXiv:1907.08610
     """
-    _check_rate("lookahead", "slow_step_size", slow_step_size)
+    check_rate("lookahead", "slow_step_size", slow_step_size)
     rule = outer(optax.sgd(slow_step_size))
     return _named(rule, "lookahead", slow_step_size=slow_step_size)
 
@@ -317,7 +317,7 @@ def snoo(learning_rate: LearningRate = 0.7, momentum: float = 0.5) -> SyncRule:
       SNOO: Step-K Nesterov Outer Optimizer, 2025. arXiv:2510.15830. The defaults are
       those of a public training record that uses it.
     """
-    _check_rate("snoo", "learning_rate", learning_rate)
+    check_rate("snoo", "learning_rate", learning_rate)
     _check_decay("snoo", "momentum", momentum)
     rule = outer(optax.sgd(learning_rate, momentum, nesterov=True))
     return _named(rule, "snoo", learning_rate=learning_rate, momentum=momentum)
@@ -328,7 +328,7 @@ def _named(rule: SyncRule, function: str, **arguments: object) -> SyncRule:
     return dataclasses.replace(rule, name=call_name(function, **arguments))
 
 
-def _check_rate(function: str, name: str, rate: LearningRate) -> None:
+def check_rate(function: str, name: str, rate: LearningRate) -> None:
     """Raises unless a step size is a schedule, or finite and not negative."""
     if not callable(rate):
         check_number(f"{function}({name})", name, rate, at_least=0)

@@ -19,7 +19,7 @@ from localsgd_jax.rules.error_feedback import (
     safe_total,
     weighted_or_zero,
 )
-from localsgd_jax.rules.outer_optimizer import LearningRate, outer
+from localsgd_jax.rules.outer_optimizer import LearningRate, check_rate, outer
 from localsgd_jax.rules.sparse_messages import SparseMessage, decode, encode
 
 
@@ -79,7 +79,8 @@ def chunked_top_k(
     check(chunk <= 65536, f"{call}(chunk)", "chunk must be at most 65536", chunk)
     k = check_int(f"{call}(k)", "k", k, 1)
     check(k <= chunk, f"{call}(k)", f"k must be at most the chunk, {chunk}", k)
-    check(bits in (2, None), f"{call}(bits)", "bits must be 2 or None", bits)
+    if bits is not None:
+        bits = check_int(f"{call}(bits)", "bits", bits, 2, 2)
     check_number(f"{call}(decay)", "decay", decay, at_least=0, at_most=1)
     axes = check_mean(call, rule)
     quantized = bits is not None
@@ -131,6 +132,7 @@ def sparseloco(learning_rate: LearningRate = 1.0, decay: float = 0.95) -> SyncRu
       Sarfi et al., Communication Efficient LLM Pre-training with SparseLoCo, 2025,
       Algorithm 1. arXiv:2508.15706
     """
+    check_rate("sparseloco", "learning_rate", learning_rate)
     check_number("sparseloco(decay)", "decay", decay, at_least=0, at_most=1)
     reduce = chunked_top_k(average(), 64, decay=decay)
     name = call_name("sparseloco", learning_rate=learning_rate, decay=decay)

@@ -17,6 +17,9 @@ from localsgd_jax.core.validation import check, check_int, check_rule, describe
 _NUMBER = re.compile(r"\d+")
 
 
+_MAX_FRAGMENTS = 10_000
+
+
 class LeafSlice(NamedTuple):
     """Slice of a leaf along one axis.
 
@@ -165,9 +168,9 @@ def assign_fragments(
     leaves = jax.tree.leaves(tree)
     count = len(leaves)
     text = f"each of the {n} fragments must get at least one of the {count} leaves"
-    # More fragments than numbers would only take time and memory.
-    largest = count if split_axis is None else sum(leaf.size for leaf in leaves)
-    check(n <= largest, "fragment(n)", text, f"n = {n}")
+    # A list of so many empty fragments would only take time and memory.
+    limit = max(_MAX_FRAGMENTS, sum(math.prod(jnp.shape(leaf)) for leaf in leaves))
+    check(n <= limit, "fragment(n)", text, f"n = {n}")
     if callable(grouping):
         groups = _by_user_function(tree, n, grouping)
     elif grouping == "layer":

@@ -8,7 +8,7 @@ from localsgd_jax.core.averaging import average, check_inexact
 from localsgd_jax.core.call_names import call_name
 from localsgd_jax.core.pytrees import accumulation_dtype
 from localsgd_jax.core.types import PyTree, RuleState, SyncContext, SyncRule
-from localsgd_jax.core.validation import check, check_int, check_rule
+from localsgd_jax.core.validation import check, check_int, check_number, check_rule
 
 FIELDS = ("params", "correction")
 
@@ -79,9 +79,9 @@ def control_variates(
       mₖ = −hₖ and the period 1/p fixed. arXiv:2202.09357
     """
     call = "control_variates"
-    positive = learning_rate > 0
-    check(positive, f"{call}(learning_rate)", "it must be positive", learning_rate)
-    check_int(f"{call}(period)", "it", period, 1)
+    name = "learning_rate"
+    learning_rate = check_number(f"{call}({name})", name, learning_rate, above=0)
+    period = check_int(f"{call}(period)", "period", period, 1)
     mean_rule = average() if rule is None else rule
     check_rule(f"{call}(rule)", mean_rule)
     is_mean = mean_rule.mean_axes is not None

@@ -81,10 +81,12 @@ def weighted_by(metric: str, formula: Callable | None = None) -> MetricWeights:
       Decoupled DiLoCo, 2026: weights tokens²/steps, after a secondary source.
       arXiv:2604.21428
     """
-    if not isinstance(metric, str):
-        raise TypeError(f"weighted_by(metric): it must be a name, got {metric!r}")
+    if not isinstance(metric, str) or not metric:
+        raise TypeError(f"weighted_by(metric): metric must be a name, got {metric!r}")
     if formula is not None and not callable(formula):
-        raise TypeError(f"weighted_by(formula): it must be callable, got {formula!r}")
+        raise TypeError(
+            f"weighted_by(formula): formula must be callable, got {formula!r}"
+        )
     return MetricWeights(metric, formula)
 
 

@@ -61,8 +61,7 @@ def train_schedule(schedule: int | Callable) -> Callable:
     """
     if callable(schedule):
         return schedule
-    name = "a schedule that is not callable"
-    return schedules.every(check_int("train(schedule)", name, schedule, 1))
+    return schedules.every(check_int("train(schedule)", "a period", schedule, 1))
 
 
 class RunContext(NamedTuple):

@@ -205,7 +205,7 @@ def test_snapshots_of_threads_continue_over_runs():
         (
             lambda: asynchronous.constant_weighting(0),
             ValueError,
-            r"constant_weighting\(value\): it must be positive, got 0",
+            r"constant_weighting\(value\): \w+ must be positive, got 0",
         ),
         in_full(
             lambda: asynchronous.polynomial_weighting(-0.5),
@@ -215,7 +215,7 @@ def test_snapshots_of_threads_continue_over_runs():
         in_full(
             lambda: asynchronous.with_snapshots(count=0),
             ValueError,
-            r"with_snapshots\(count\): it must be at least 1, got 0",
+            r"with_snapshots\(count\): \w+ must be at least 1, got 0",
         ),
         in_full(
             lambda: asynchronous.with_snapshots(count=2, every=0.5),
@@ -235,22 +235,22 @@ def test_snapshots_of_threads_continue_over_runs():
         (
             lambda: asynchronous.server_optimizer(optax.sgd(0.7), 0.5),
             TypeError,
-            r"server_optimizer\(weighting\): a function of the staleness.*got 0.5",
+            r"server_optimizer\(weighting\): weighting must be callable, got 0.5",
         ),
         in_full(
             lambda: asynchronous.delayed_nesterov(0),
             ValueError,
-            r"delayed_nesterov\(learning_rate\): it must be positive, got 0",
+            r"delayed_nesterov\(learning_rate\): \w+ must be positive, got 0",
         ),
         (
             lambda: asynchronous.delayed_nesterov(0.7, 1.0),
             ValueError,
-            r"delayed_nesterov\(momentum\): it must be in \[0, 1\), got 1.0",
+            r"delayed_nesterov\(momentum\): \w+ must be in \[0, 1\), got 1.0",
         ),
         in_full(
             lambda: asynchronous.delayed_nesterov(0.7, buffer=0),
             ValueError,
-            r"delayed_nesterov\(buffer\): it must be at least 1, got 0",
+            r"delayed_nesterov\(buffer\): \w+ must be at least 1, got 0",
         ),
         in_full(
             lambda: asynchronous.delayed_nesterov(0.7, buffer=2.0),
@@ -260,7 +260,7 @@ def test_snapshots_of_threads_continue_over_runs():
         (
             lambda: asynchronous.delayed_nesterov(0.7, buffer=4, activation=0.3),
             ValueError,
-            r"delayed_nesterov\(activation\).*\[0, 1/N\] with N = 4, got 0.3",
+            r"\(activation\): activation must be in \[0, 0.25\], got 0.3",
         ),
         in_full(
             lambda: asynchronous.delayed_nesterov(0.7, activation=1.5),
@@ -270,7 +270,7 @@ def test_snapshots_of_threads_continue_over_runs():
         in_full(
             lambda: final_aggregate(asynchronous.delayed_nesterov(0.7, activation=0.3)),
             ValueError,
-            r"delayed_nesterov\(activation\).*\[0, 1/N\] with N = 4, got 0.3",
+            r"\(activation\): activation must be in \[0, 0.25\], got 0.3",
         ),
     ],
 )

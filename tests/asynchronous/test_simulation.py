@@ -301,8 +301,7 @@ def init_with(params, **options):
         (
             lambda: asynchronous.simulate(make_algorithm(linear_loss), 4),
             TypeError,
-            r"simulate\(events\): an EventTrace from simulate_events\(\) is needed, "
-            "got 4",
+            r"simulate\(events\): events must be an EventTrace, got 4",
         ),
         (
             lambda: asynchronous.simulate(

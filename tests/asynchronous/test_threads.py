@@ -314,14 +314,14 @@ def run_on_threads(batches, **options):
         (
             lambda: run_on_threads(integer_batches(4, 2), schedule=2, steps=0),
             ValueError,
-            r"run\(steps\): it must be at least 1, got 0",
+            r"run\(steps\): \w+ must be at least 1, got 0",
         ),
         in_full(
             lambda: run_on_threads(
                 integer_batches(4, 2), schedule=2, max_steps_per_dispatch=0
             ),
             ValueError,
-            r"run\(max_steps_per_dispatch\): it must be at least 1, got 0",
+            r"run\(max_steps_per_dispatch\): \w+ must be at least 1, got 0",
         ),
     ],
 )

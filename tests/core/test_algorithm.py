@@ -311,7 +311,7 @@ def init(rule, state=STATE):
         (
             lambda: lsgd.gated(None, 4),
             TypeError,
-            r"schedule must be callable, got 4",
+            r"gated\(cluster\): cluster must be a Cluster, got None",
         ),
         (lambda: lsgd.consensus(init(lsgd.average()), "w"), ValueError, "field 'w'"),
     ],

@@ -167,7 +167,7 @@ def test_indivisible_devices_raise(arguments, message):
     "arguments, message",
     [
         ({"devices": []}, "(devices): must not be empty, got 0 devices"),
-        ({"devices": 3}, "(devices): must be a sequence of devices, got 3"),
+        ({"devices": 3}, "(devices): devices must be a sequence"),
         in_full({"devices": [1, 2]}, "(devices): must be a sequence of devices, got 1"),
         (
             {"inner_axes": {"worker": 1}},
@@ -181,9 +181,9 @@ def test_indivisible_devices_raise(arguments, message):
             {"inner_axes": {3: 1}},
             "(inner_axes): axis names must be non-empty strings, got 3",
         ),
-        ({"inner_axes": ["model"]}, "(inner_axes): must map axis names to sizes, got"),
+        ({"inner_axes": ["model"]}, "(inner_axes): inner_axes must be a mapping"),
         in_full(
-            {"inner_axes": [("model", 1)]}, "(inner_axes): must map axis names to sizes"
+            {"inner_axes": [("model", 1)]}, "(inner_axes): inner_axes must be a mapping"
         ),
         ({"axis": ""}, "(axis): axis names must be non-empty strings, got ''"),
         in_full(

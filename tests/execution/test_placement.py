@@ -122,11 +122,11 @@ def test_shard_batch_shards_the_worker_axis():
         ),
         (
             lambda: lsgd.simulate(lsgd.average(), 8),
-            r"simulate\(algorithm\): it must come from local_sgd or from_train_step",
+            r"simulate\(algorithm\): algorithm must be an Algorithm",
         ),
         (
             lambda: lsgd.on_mesh(AVERAGE, 8),
-            r"on_mesh\(mesh\): it must be a jax.sharding.Mesh, got 8",
+            r"on_mesh\(mesh\): mesh must be a Mesh, got 8",
         ),
         (
             lambda: lsgd.on_mesh(AVERAGE, mesh(x=4)),

@@ -50,8 +50,12 @@ def test_each_worker_gets_a_different_key():
 @pytest.mark.parametrize(
     "field, value, message",
     [
-        ("seem", 0, "no such field"),
-        ("params", jnp.zeros(3), r"like the field of one worker, float32\[2\], got"),
+        ("seem", 0, r"field must be a field of the train state"),
+        (
+            "params",
+            jnp.zeros(3),
+            r"'params' of one worker, float32\[2\], got",
+        ),
         ("params", jnp.zeros(2, jnp.int32), r"got int32\[2\]"),
         ("params", {"w": jnp.zeros(2)}, r"got .*'w': 'float32\[2\]'"),
     ],

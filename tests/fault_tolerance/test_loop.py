@@ -185,7 +185,7 @@ def test_sigterm_saves_and_exits():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"schedule": 0}, r"every\(h\): h must be at least 1, got 0"),
+        ({"schedule": 0}, r"train\(schedule\): a period must be at least 1, got 0"),
         (
             {"min_processes": 2},
             r"train\(min_processes\): there are 1 processes, got 2",
@@ -204,19 +204,19 @@ def test_sigterm_saves_and_exits():
         in_full({"steps": -1}, r"train\(steps\): steps must be at least 0, got -1"),
         (
             {"round_deadline": "x"},
-            r"train\(round_deadline\): round_deadline must be a number, got 'x'",
+            r"train\(round_deadline\): round_deadline must be a real number, got 'x'",
         ),
         in_full(
             {"round_deadline": 0},
-            r"train\(round_deadline\): round_deadline must be finite and above 0",
+            r"train\(round_deadline\): round_deadline must be positive",
         ),
         (
             {"sync_timeout": np.nan},
-            r"train\(sync_timeout\): sync_timeout must be finite and above",
+            r"train\(sync_timeout\): sync_timeout must be positive",
         ),
         in_full(
             {"sync_timeout": 0},
-            r"train\(sync_timeout\): sync_timeout must be finite and above 0",
+            r"train\(sync_timeout\): sync_timeout must be positive",
         ),
         in_full(
             {"straggler_timeout": np.inf},

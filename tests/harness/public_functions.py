@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from harness.bad_arguments import TEXTS, numbers_in
+from harness.bad_arguments import FAMILY, TEXTS, numbers_in
 
 import localsgd_jax as lsgd
 from localsgd_jax import (
@@ -144,6 +144,61 @@ TABLE = {
         {"dtype": ()},
     ),
     "delay": (rule_only(), {}),
+    "chunked_top_k": (
+        rule_only(k=64, chunk=4096, bits=2, decay=0.95),
+        {"bits": NONE, "decay": FRACTION},
+    ),
+    "clip_to_median_norm": (rule_only(), {}),
+    "control_variates": (
+        {"learning_rate": 0.1, "period": 4, "rule": RULE},
+        {"learning_rate": POSITIVE, "rule": NONE},
+    ),
+    "desloc": (rule_only(first_moment=3, second_moment=6), {"rule": NONE}),
+    "eager_outer": ({"optimizer": OPTIMIZER, "reduce": RULE}, {"reduce": NONE}),
+    "partition": (
+        {"rules": {"a": RULE}, "labels": lambda path: "a"},
+        {"labels": tuple(FAMILY)},
+    ),
+    "radial_directional_average": (rule_only(), {"rule": NONE}),
+    "snoo": (
+        {"learning_rate": 0.7, "momentum": 0.5},
+        {"learning_rate": RATE, "momentum": BELOW_ONE},
+    ),
+    "sparseloco": (
+        {"learning_rate": 0.7, "decay": 0.95},
+        {"learning_rate": RATE, "decay": FRACTION},
+    ),
+    "weighted_by": (
+        {"metric": "tokens", "formula": None},
+        {"metric": NAME, "formula": (*NONE, *FUNCTION)},
+    ),
+    "bind_axis": (
+        {"train_step": abs, "axis_name": "batch"},
+        {"train_step": FUNCTION, "axis_name": TEXTS},
+    ),
+    "replace_field": (
+        {"state": state, "field": "params", "value": 0.0},
+        {"value": ("half", "large float", "nan", "inf", "minus inf")},
+    ),
+    "asynchronous.aligned_nesterov": (
+        {"learning_rate": 0.7, "momentum": 0.9},
+        {"learning_rate": POSITIVE, "momentum": BELOW_ONE},
+    ),
+    "asynchronous.cosine_gated_weighting": (
+        {"cutoff": 4.0, "decay": 0.1},
+        {"cutoff": POSITIVE, "decay": POSITIVE},
+    ),
+    "asynchronous.align_to_momentum": (
+        {
+            **{"gradient": 1.0, "momentum": 1.0, "threshold": 0.2},
+            **{"max_shrinkage": 0.5, "strength": 1.0, "scale": 1.0},
+        },
+        {
+            **{"gradient": tuple(FAMILY), "momentum": tuple(FAMILY)},
+            **{"threshold": POSITIVE, "max_shrinkage": FRACTION},
+            **{"strength": ANY_NUMBER, "scale": ANY_NUMBER},
+        },
+    ),
     "diloco": (
         {"learning_rate": 0.7, "momentum": 0.9},
         {"learning_rate": RATE, "momentum": BELOW_ONE},
@@ -217,11 +272,11 @@ TABLE = {
     # Algorithms, placement and training.
     "local_sgd": (
         {"loss_fn": abs, "optimizer": OPTIMIZER, "rule": RULE, "has_aux": False},
-        {"loss_fn": FUNCTION, "has_aux": TRUTHS},
+        {"loss_fn": FUNCTION, "has_aux": TRUTHS, "rule": NONE},
     ),
     "from_train_step": (
         {"train_step": abs, "rule": RULE},
-        {"train_step": FUNCTION},
+        {"train_step": FUNCTION, "rule": NONE},
     ),
     "simulate": (
         {"algorithm": ALGORITHM, "workers": 2, "axis": "worker", "worker_map": "vmap"},
@@ -462,8 +517,6 @@ TABLE = {
 }
 # Functions whose arguments are arbitrary, and those that other tests call.
 EXEMPT = {
-    "bind_axis": "not in the table yet",
-    "replace_field": "not in the table yet",
     "assert_no_collectives": "arguments of the step; tests/analysis",
     "collective_ops": "arguments of the program; tests/analysis",
     "analysis.jaxpr_bytes_sent": "arguments of the function; tests/analysis",

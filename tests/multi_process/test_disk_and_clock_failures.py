@@ -119,6 +119,11 @@ def test_clock_that_jumps_by_days_keeps_complete_checkpoints(tmp_path, monkeypat
 
 
 def test_only_monotonic_clocks_are_used():
+    """Except for the start of a decoupled run, which its hosts must compare."""
     package = pathlib.Path(lsgd.__file__).parent
+    start = ("supervisor.py", "ray_actors.py")
     for path in package.rglob("*.py"):
-        assert "time.time(" not in path.read_text(), path
+        if path.parent.name == "decoupled" and path.name in start:
+            assert path.read_text().count("time.time(") == 1
+        else:
+            assert "time.time(" not in path.read_text(), path

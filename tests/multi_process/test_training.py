@@ -140,7 +140,7 @@ def assert_same_coordination_error(rows, message):
 
 
 def test_other_program_raises_in_all_processes(failed):
-    assert_same_coordination_error(failed[1]["rate"], "train(): program.local step: ")
+    assert_same_coordination_error(failed[1]["rate"], "init(params): optimizer: ")
 
 
 def test_data_error_reaches_all_processes(failed):
@@ -164,7 +164,7 @@ def test_uncaught_error_of_one_process_ends_the_job(failed):
         ("rule", 'init(params): rule.params: "average()" in process 0, "diloco('),
         ("schedule", 'schedule: "every(4)" in process 0, "every(8)" in process 1'),
         ("rounds", 'schedule: "[2, 4, 6, '),
-        ("rate", "train(): program.local step: "),
+        ("rate", "init(params): optimizer: "),
         (
             "batch",
             'train(batches): [0]: "float32[K, 4, 5]" in process 0, "float32[K, 2',

@@ -84,17 +84,17 @@ def test_anchor_of_half_precision_params_is_float32():
         (
             lambda: lsgd.diloco(float("nan")),
             ValueError,
-            r"diloco\(learning_rate\): it must be finite, got nan",
+            r"diloco\(learning_rate\): learning_rate must be at least 0, got nan",
         ),
         (
             lambda: lsgd.slowmo(float("inf")),
             ValueError,
-            r"slowmo\(learning_rate\): it must be finite, got inf",
+            r"slowmo\(learning_rate\): learning_rate must be finite, got inf",
         ),
         (
             lambda: lsgd.lookahead(float("nan")),
             ValueError,
-            r"lookahead\(slow_step_size\): it must be finite, got nan",
+            r"lookahead\(slow_step_size\): slow_step_size must be at least 0, got nan",
         ),
         (
             lambda: sync_tree(lsgd.outer(optax.sgd(1.0), lsgd.identity())),

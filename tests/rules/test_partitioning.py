@@ -179,7 +179,7 @@ def test_exceptions_for_embeddings_with_nnx():
         optimizer.update(model, grads)
         return {}
 
-    made, start = from_nnx(step, model, optimizer, lsgd.desloc(EXCEPT_EMBEDDINGS))
+    made, start = from_nnx(step, model, optimizer, rule=lsgd.desloc(EXCEPT_EMBEDDINGS))
     assert_only_embeddings_differ(*train_flax(made, start, lambda w: w.params))
 
 

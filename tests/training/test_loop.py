@@ -155,7 +155,11 @@ def test_state_is_donated():
 @pytest.mark.parametrize(
     "arguments, error, message",
     [
-        ({"schedule": 0}, ValueError, r"every\(h\): h must be at least 1, got 0"),
+        (
+            {"schedule": 0},
+            ValueError,
+            r"train\(schedule\): a period must be at least 1, got 0",
+        ),
         in_full(
             {"schedule": "often"},
             TypeError,
@@ -179,7 +183,7 @@ def test_state_is_donated():
         (
             {"evaluate": lambda p: np.ones(2)},
             TypeError,
-            r"train\(evaluate\).*array\(\[",
+            r"train\(evaluate\).*got float64\[2\]",
         ),
         in_full({"evaluate": lambda p: {"a": "x"}}, TypeError, r"got 'x' for 'a'"),
         ({"weights": np.ones(3)}, ValueError, r"shape \(8,\).*got \(3,\)"),

@@ -141,7 +141,8 @@ def filter_by_axis(
       TypeError: if an argument has the wrong type.
     """
     call = "filter_by_axis(axis)"
-    names = check_names(call, "axis", axis) if axis or axis == "" else ()
+    is_all = axis is None or (isinstance(axis, list | tuple) and not axis)
+    names = () if is_all else check_names(call, "axis", axis)
     ops, names = check_ops("filter_by_axis(ops)", ops), set(names)
     return tuple(
         op for op in ops if not names or op.axes is None or names & set(op.axes)

@@ -106,7 +106,7 @@ def test_without_alignment_it_is_the_server_optimizer():
         (
             lambda: asynchronous.cosine_gated_weighting(4, -1),
             ValueError,
-            r"\(decay\): it must be at least 0, got -1",
+            r"\(decay\): decay must be at least 0, got -1",
         ),
         (
             lambda: asynchronous.aligned_nesterov(0),

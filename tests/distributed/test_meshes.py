@@ -167,7 +167,7 @@ def test_indivisible_devices_raise(arguments, message):
     "arguments, message",
     [
         ({"devices": []}, "(devices): must not be empty, got 0 devices"),
-        ({"devices": 3}, "(devices): devices must be a sequence"),
+        ({"devices": 3}, "(devices): devices must be an iterable, got 3"),
         in_full({"devices": [1, 2]}, "(devices): must be a sequence of devices, got 1"),
         (
             {"inner_axes": {"worker": 1}},

@@ -155,7 +155,10 @@ def test_clipping_keeps_equal_and_zero_updates():
         (lambda: lsgd.chunked_top_k(lsgd.average(), 0), r"chunked_top_k\(k\)"),
         (lambda: lsgd.chunked_top_k(lsgd.average(), 5, chunk=4), "k must be at most"),
         (lambda: lsgd.chunked_top_k(lsgd.average(), chunk=2**17), "at most 65536"),
-        (lambda: lsgd.chunked_top_k(lsgd.average(), bits=3), "bits must be at most 2, got 3"),
+        (
+            lambda: lsgd.chunked_top_k(lsgd.average(), bits=3),
+            "bits must be at most 2, got 3",
+        ),
         (lambda: lsgd.chunked_top_k(lsgd.diloco()), "must be a plain mean"),
         (lambda: lsgd.sparseloco(decay=1.5), r"sparseloco\(decay\)"),
     ],

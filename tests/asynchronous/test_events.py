@@ -96,12 +96,12 @@ def test_random_speeds_have_given_mean_and_deviation():
         in_full(
             lambda: asynchronous.simulate_events(2.0, 4, 2),
             TypeError,
-            r"simulate_events\(workers\): it must be an int, got 2.0",
+            r"simulate_events\(workers\): \w+ must be an int, got 2.0",
         ),
         in_full(
             lambda: asynchronous.simulate_events(2, 0, 2),
             ValueError,
-            r"simulate_events\(steps\): \w+ must be at least 1, got 0",
+            r"simulate_events\(steps\): the number of steps must be at least 1, got 0",
         ),
         (
             lambda: asynchronous.simulate_events(2, [4, 4, 4], 2),
@@ -111,7 +111,7 @@ def test_random_speeds_have_given_mean_and_deviation():
         in_full(
             lambda: asynchronous.simulate_events(2, 4, 0),
             ValueError,
-            r"every\(h\): h must be at least 1, got 0",
+            r"simulate_events\(schedule\): a period must be at least 1, got 0",
         ),
         (
             lambda: asynchronous.simulate_events(2, 4, "2"),

@@ -31,7 +31,7 @@ def test_single_process_is_a_no_op():
         ({"timeout": 0}, r"timeout must be in \(0, 1000000.0\], got 0"),
         ({"timeout": float("nan")}, r"timeout must be in \(0, 1000000.0\]"),
         in_full({"timeout": float("inf")}, "timeout must be finite"),
-        in_full({"timeout": "9"}, "must be a number, got '9'"),
+        in_full({"timeout": "9"}, "must be a real number, got '9'"),
         ({"config": [("H", 4)]}, r"must be a mapping, got \[\('H', 4\)\]"),
         ({"config": {"H": np.ones((9, 9))}}, r"got array\(.*\) for 'H'"),
         in_full({"config": {"a": {"b": {1}}}}, r"got \{'b': \{1\}\} for 'a'"),

@@ -220,7 +220,7 @@ def test_sigterm_saves_and_exits():
         ),
         in_full(
             {"straggler_timeout": np.inf},
-            r"train\(straggler_timeout\): straggler_timeout must be finite and",
+            r"train\(straggler_timeout\): straggler_timeout must be finite",
         ),
     ],
 )

@@ -163,7 +163,7 @@ def test_state_is_donated():
         in_full(
             {"schedule": "often"},
             TypeError,
-            r"every\(h\): h must be an int, got 'often'",
+            r"train\(schedule\): a period must be an int, got 'often'",
         ),
         ({"steps": -1}, ValueError, r"train\(steps\): steps must be at least 0, got -"),
         in_full({"save_every": 0}, ValueError, r"train\(save_every\): .* got 0"),

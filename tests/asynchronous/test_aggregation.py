@@ -265,7 +265,7 @@ def test_snapshots_of_threads_continue_over_runs():
         in_full(
             lambda: asynchronous.delayed_nesterov(0.7, activation=1.5),
             ValueError,
-            r"delayed_nesterov\(activation\): activation must be in \[0, 1.0\], got 1.5",
+            r"\(activation\): activation must be in \[0, 1.0\], got 1.5",
         ),
         in_full(
             lambda: final_aggregate(asynchronous.delayed_nesterov(0.7, activation=0.3)),

@@ -66,7 +66,9 @@ def radial_directional_average(rule: SyncRule | None = None) -> SyncRule:
         direction, new_state = rule.apply(
             jax.tree.map(_divide, vectors, norms), state, context
         )
-        mean_norms, _ = collectives.mean(norms, context, axes)
+        # Norms are scalars, which are not sharded inside a worker.
+        scalar_context = context._replace(specs=None)
+        mean_norms, _ = collectives.mean(norms, scalar_context, axes)
         new = jax.tree.map(_with_norm, direction, mean_norms)
         return (
             where(any_active, tree_cast_like(new, tree), tree),

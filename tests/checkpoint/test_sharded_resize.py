@@ -54,7 +54,7 @@ def mean_row(leaf):
     ],
 )
 def test_workers_start_from_the_mean_on_any_mesh(tmp_path, old, new):
-    """The mean has the same bits on every mesh, and the shardings of the template."""
+    """The mean is that of NumPy to rounding; shardings are those of the template."""
     stored = save(tmp_path, *old)
     cluster, mesh = make_cluster(*new[:3], positions=(*new, None)[3])
     template = cluster.init(abstract_params(mesh))
@@ -69,7 +69,7 @@ def test_workers_start_from_the_mean_on_any_mesh(tmp_path, old, new):
         jax.tree.leaves(state.workers), jax.tree.leaves(stored.workers), strict=True
     ):
         for row in np.asarray(leaf):
-            assert row.tobytes() == mean_row(before).tobytes()
+            np.testing.assert_allclose(row, mean_row(before), rtol=2e-7)
 
 
 @pytest.mark.full

@@ -109,8 +109,10 @@ def programs_of_train(cluster, state, batch, schedule, steps=200):
             round_class = dispatcher.round_programs.choose(round_number)
             key = (segment.steps, period, round_class)
             if key not in seen:
+                # Without weights of the rounds.
+                arguments = state, batch(segment.steps), None, None
                 lowered = dispatcher._rounds.lower(
-                    state, batch(segment.steps), period=period, round_class=round_class
+                    *arguments, period=period, round_class=round_class
                 )
                 yield key, lowered
             seen.add(key)

@@ -54,7 +54,7 @@ def mean_row(leaf):
     ],
 )
 def test_workers_start_from_the_mean_on_any_mesh(tmp_path, old, new):
-    """The mean is that of NumPy to rounding; shardings are those of the template."""
+    """The mean equals that of NumPy to rounding; the template gives the shardings."""
     stored = save(tmp_path, *old)
     cluster, mesh = make_cluster(*new[:3], positions=(*new, None)[3])
     template = cluster.init(abstract_params(mesh))

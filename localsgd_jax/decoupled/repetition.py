@@ -1,12 +1,14 @@
 """Repetition of a run from its events."""
 
-from collections.abc import Generator, Iterable
+from collections import Counter, deque
+from collections.abc import Generator, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from localsgd_jax.core.types import PyTree
+from localsgd_jax.core.validation import describe
 from localsgd_jax.decoupled.events import Contribution, Event, Leave, Tick
 from localsgd_jax.decoupled.fragments import join
 from localsgd_jax.decoupled.history import History, history_columns
@@ -77,6 +79,8 @@ class Recomputed(NamedTuple):
 def recompute(job: Job, log: Log) -> Recomputed:
     """Repeats the local steps of a run in this process, in the order of its events.
 
+    Only the order of the events of each fragment matters.
+
     Args:
       job: the job of the run.
       log: as for `replay`. It must not hold models read before the events of one time
@@ -84,48 +88,145 @@ def recompute(job: Job, log: Log) -> Recomputed:
 
     Returns:
       The comparison of each contribution with the one in the log.
+
+    Raises:
+      ValueError: if the log lacks events, so that a learner waits.
     """
-    functions = make_learner_functions(job)
-    hosts = [SyncerHost(make_syncer(job, f)) for f in range(job.fragments)]
-    programs: dict[tuple[int, int], _Program] = {}
-    equal, different = 0, []
-    event: Any
+    queues: list[deque[Event]] = [deque() for _ in range(job.fragments)]
     for fragment, event in log:
-        if not isinstance(event, Tick | Leave):
-            key = event.learner, event.session
-            if key not in programs:
-                programs[key] = _Program(learner_program(functions, *key))
-            sent: Any = programs[key].next_event(fragment)
+        queues[fragment].append(event)
+    repetition = _Repetition(job, queues)
+    while any(queues):
+        # The order between fragments may be unknown: an event waits for its learner.
+        applied = [
+            fragment
+            for fragment, queue in enumerate(queues)
+            if queue and repetition.apply(fragment, queue[0])
+        ]
+        if not applied:
+            waiting = [queue[0] for queue in queues if queue]
+            raise ValueError(
+                "recompute(log): every event must follow from earlier ones, got "
+                f"{describe(waiting)}"
+            )
+        for fragment in applied:
+            queues[fragment].popleft()
+    return Recomputed(repetition.equal, repetition.different)
+
+
+class _Repetition:
+    """Syncers and learners of a run that is repeated.
+
+    A learner sends an event once more if its syncer was killed before it replied. It
+    has received the reply to the last of these events only.
+
+    Attributes:
+      equal: as in `Recomputed`.
+      different: as in `Recomputed`.
+    """
+
+    def __init__(self, job: Job, events: Sequence[Iterable[Event]]) -> None:
+        """Makes the syncers; learners are made when they join.
+
+        Args:
+          job: the job of the run.
+          events: events of each fragment, of which only the number of times is kept.
+        """
+        self._unsent = [Counter(map(_identity, queue)) for queue in events]
+        self._sent: list[set[_Identity | None]] = [set() for _ in events]
+        self._functions = make_learner_functions(job)
+        self._hosts = [SyncerHost(make_syncer(job, f)) for f in range(job.fragments)]
+        self._programs: dict[tuple[int, int], _Program] = {}
+        self._last: dict[tuple, _Identity | None] = {}
+        self.equal, self.different = 0, []
+
+    def apply(self, fragment: int, event: Any) -> bool:
+        """Repeats an event; returns whether its learner has come so far."""
+        identity = _identity(event)
+        is_new = identity not in self._sent[fragment]
+        if is_new and not isinstance(event, Tick | Leave):
+            sent: Any = self._program(event).next_event(fragment)
+            if sent is None:
+                return False
             if isinstance(event, Contribution):
-                same = _equal(sent.payload, event.payload)
-                equal += same
-                if not same:
-                    different.append((event.learner, fragment, event.number))
-        for reply in hosts[fragment].replay(event):
-            model = hosts[fragment].model() if reply.kind == "model" else None
-            if program := programs.get((reply.learner, reply.session)):
-                program.answers[fragment] = Answer(reply, model)
-    return Recomputed(equal, different)
+                self._compare(fragment, sent, event)
+            self._sent[fragment].add(identity)
+            self._last[fragment, event.learner, event.session] = identity
+        self._unsent[fragment][identity] -= 1
+        host = self._hosts[fragment]
+        for reply in host.replay(event):
+            model = host.model() if reply.kind == "model" else None
+            self._answer(fragment, Answer(reply, model))
+        return True
+
+    def _program(self, event: Any) -> "_Program":
+        """Returns the program of the learner that has sent an event."""
+        key = event.learner, event.session
+        if key not in self._programs:
+            self._programs[key] = _Program(learner_program(self._functions, *key))
+        return self._programs[key]
+
+    def _answer(self, fragment: int, answer: Answer) -> None:
+        """Hands an answer to a learner unless it sends its event once more."""
+        key = answer.reply.learner, answer.reply.session
+        last = self._last.get((fragment, *key))
+        if key in self._programs and not self._unsent[fragment][last]:
+            self._programs[key].answers[fragment] = answer
+
+    def _compare(self, fragment: int, sent: Any, logged: Contribution) -> None:
+        """Compares a contribution with the one in the log."""
+        if _equal(sent.payload, logged.payload):
+            self.equal += 1
+        else:
+            self.different.append((logged.learner, fragment, logged.number))
+
+
+_Identity = tuple[str, int, int, int]
+
+
+def _identity(event: Any) -> _Identity | None:
+    """Returns kind, learner, session and number of an event; None for a Tick."""
+    if isinstance(event, Tick | Leave):
+        return None
+    kind, number = type(event).__name__, getattr(event, "number", 0)
+    return kind, event.learner, event.session, number
 
 
 class _Program:
-    """Program of a learner that advances from event to event."""
+    """Program of a learner that advances from event to event.
+
+    Attributes:
+      answers: answer of each fragment that was not received yet.
+    """
 
     def __init__(self, program: Generator[Any, Any, None]) -> None:
         """Stores the program and no answers."""
         self._program = program
+        self._sent: dict[int, Event] = {}
+        self._receiving: int | None = None
         self.answers: dict[int, Answer] = {}
 
-    def next_event(self, fragment: int) -> Event:
-        """Runs the program up to its next event for a fragment."""
-        answer: Any = None
-        while True:
-            effect = self._program.send(answer)
+    def next_event(self, fragment: int) -> Event | None:
+        """Runs the program up to its next event for a fragment.
+
+        Args:
+          fragment: index of the fragment.
+
+        Returns:
+          The event; None if the program waits for an answer of another fragment.
+        """
+        while fragment not in self._sent:
             answer = None
-            if isinstance(effect, Receive):
-                answer = self.answers.pop(effect.fragment)
-            elif isinstance(effect, Send) and effect.fragment == fragment:
-                return effect.event
+            if self._receiving is not None:
+                if self._receiving not in self.answers:
+                    return None
+                answer = self.answers.pop(self._receiving)
+            effect = self._program.send(answer)
+            self._receiving = effect.fragment if isinstance(effect, Receive) else None
+            # Leaves are applied from the log, which also has those of lost learners.
+            if isinstance(effect, Send) and not isinstance(effect.event, Leave):
+                self._sent[effect.fragment] = effect.event
+        return self._sent.pop(fragment)
 
 
 def _equal(first: PyTree, second: PyTree) -> bool:

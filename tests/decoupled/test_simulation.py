@@ -92,6 +92,24 @@ def test_local_steps_are_repeated_with_equal_bits():
     decoupled.simulate(job, decoupled.Clock(3, [1, 1.3, 0.7], delay=0.1), log=log)
     recomputed = decoupled.recompute(job, log)
     assert recomputed.equal == 2 * 160 // EVERY and not recomputed.different
+    by_fragment = sorted(log, key=lambda item: item[0])  # as from `read_log`
+    assert decoupled.recompute(job, by_fragment) == recomputed
+
+
+def test_an_event_that_was_sent_once_more_is_repeated_once():
+    """As after a syncer was killed between an event and its reply."""
+    job, log = make_job(merge=decoupled.immediate()), []
+    decoupled.simulate(job, decoupled.Clock(3, [1, 1.3, 0.7], delay=0.1), log=log)
+    first = [isinstance(event, decoupled.Contribution) for _, event in log].index(True)
+    repeated = [*log[: first + 1], *log[first:]]
+    assert decoupled.recompute(job, repeated) == decoupled.recompute(job, log)
+
+
+def test_local_steps_are_not_repeated_without_the_events_before():
+    job, log = make_job(merge=decoupled.quorum(2, 1.0), fragments=2), []
+    decoupled.simulate(job, decoupled.Clock(3, delay=0.1), log=log)
+    with pytest.raises(ValueError, match=r"recompute\(log\): every event must follow"):
+        decoupled.recompute(job, [item for item in log if item[0] == 1])
 
 
 @pytest.mark.parametrize("name", CODECS)

@@ -90,12 +90,7 @@ def _equation_bytes(
             equation
         )
         return bytes_sent, bytes_sent
-    params = jax.tree.leaves(list(equation.params.values()), is_leaf=_is_jaxpr)
-    ranges = [
-        _jaxpr_bytes(getattr(param, "jaxpr", param), axes)
-        for param in params
-        if _is_jaxpr(param)
-    ]
+    ranges = [_jaxpr_bytes(inner, axes) for inner in inner_jaxprs(equation)]
     min_bytes = min((low for low, _ in ranges), default=0)
     max_bytes = max((high for _, high in ranges), default=0)
     if name == "while" and max_bytes:
@@ -105,6 +100,19 @@ def _equation_bytes(
         )
     repeats = equation.params.get("length", 1) * _num_pieces(equation)
     return repeats * min_bytes, repeats * max_bytes
+
+
+def inner_jaxprs(equation: "core.JaxprEqn") -> "list[core.Jaxpr]":
+    """Returns the jaxprs in the parameters of an equation, such as of a loop.
+
+    Args:
+      equation: of a jaxpr.
+
+    Returns:
+      Jaxprs without constants.
+    """
+    params = jax.tree.leaves(list(equation.params.values()), is_leaf=_is_jaxpr)
+    return [getattr(param, "jaxpr", param) for param in params if _is_jaxpr(param)]
 
 
 def _num_pieces(equation: "core.JaxprEqn") -> int:

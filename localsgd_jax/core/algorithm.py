@@ -1,7 +1,7 @@
 """The algorithm of one worker: local steps and a rule per field."""
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -260,23 +260,18 @@ def _split_result(worker: PyTree, result: PyTree) -> tuple[PyTree, PyTree]:
     if not isinstance(result, tuple | list) or not result:
         raise TypeError(
             "from_train_step(train_step): train_step must return the train state, or "
-            f"a tuple of it and of metrics, got {_describe(result)}"
+            f"a tuple of it and of metrics, got {type(result).__name__} "
+            f"{jax.tree.structure(result)}"
         )
     # Without a state of this structure the first value is reported as a changed state.
     index = next((i for i, x in enumerate(result) if _is_state(worker, x)), 0)
     return result[index], _metrics_of([*result[:index], *result[index + 1 :]])
 
 
-def _describe(value: PyTree) -> str:
-    """Formats a value without its arrays."""
-    return f"{type(value).__name__} {jax.tree.structure(value)}"
-
-
 def _is_state(worker: PyTree, value: PyTree) -> bool:
     """Returns whether a value has the type and the structure of the train state."""
-    return type(value) is type(worker) and jax.tree.structure(
-        value
-    ) == jax.tree.structure(worker)
+    has_structure = jax.tree.structure(value) == jax.tree.structure(worker)
+    return type(value) is type(worker) and has_structure
 
 
 def _metrics_of(values: list) -> PyTree:
@@ -289,7 +284,7 @@ def _metrics_of(values: list) -> PyTree:
 def rules_by_field(rule: Rules) -> dict[Fields, SyncRule]:
     """Returns the rule of each field; `average()` for "params" by default."""
     if isinstance(rule, Mapping):
-        return {fields: field_rule for fields, field_rule in rule.items()}
+        return cast(dict[Fields, SyncRule], dict(rule))
     rule = average() if rule is None else rule
     return {getattr(rule, "fields", "params"): rule}
 

@@ -135,29 +135,9 @@ def num_differing_axes(tree: PyTree, context: SyncContext) -> int | None:
     num_vmap_axes = sum(isinstance(name, VmapAxis) for name in carriers)
     if num_vmap_axes == 0:
         return None
-    levels: list[bool] = []
-    _record_batching(num_vmap_axes, levels)(tree)
-    return len(context.axes) - (num_vmap_axes - sum(levels))
-
-
-def _record_batching(depth: int, levels: list[bool]) -> Callable:
-    """Returns a function that records for each vmap axis whether a tree has it."""
-    if depth == 0:
-        return lambda tree: tree
-
-    @jax.custom_batching.custom_vmap
-    def record(tree: PyTree) -> PyTree:
-        return tree
-
-    @record.def_vmap
-    def _(size: int, batched: list, tree: PyTree) -> tuple[PyTree, PyTree]:
-        del size
-        levels.append(any(jax.tree.leaves(batched[0])))
-        copy = jax.tree.map(lambda x, mapped: x[0] if mapped else x, tree, batched[0])
-        inner = _record_batching(depth - 1, levels)(copy)
-        return inner, jax.tree.map(lambda mapped: False, batched[0])
-
-    return record
+    is_mapped: list[bool] = []
+    _make_first_copy(num_vmap_axes, is_mapped.append)(tree)
+    return len(context.axes) - (num_vmap_axes - sum(is_mapped))
 
 
 _MAX_VMAP_AXES = 8  # More nested vmap axes over workers do not occur.
@@ -166,6 +146,19 @@ _MAX_VMAP_AXES = 8  # More nested vmap axes over workers do not occur.
 @cache
 def _first_copy(depth: int) -> Callable:
     """Returns a function that removes equal copies along `depth` vmap axes."""
+    return _make_first_copy(depth, lambda is_mapped: None)
+
+
+def _make_first_copy(depth: int, record: Callable[[bool], None]) -> Callable:
+    """Makes a function that keeps the first copy along each of `depth` vmap axes.
+
+    Args:
+      depth: number of vmap axes.
+      record: called for each vmap axis of the tree, with whether a leaf has it.
+
+    Returns:
+      A function of a tree.
+    """
     if depth == 0:
         return lambda tree: tree
 
@@ -176,9 +169,10 @@ def _first_copy(depth: int) -> Callable:
     @first.def_vmap
     def _(size: int, batched: list, tree: PyTree) -> tuple[PyTree, PyTree]:
         del size
+        record(any(jax.tree.leaves(batched[0])))
         copy = jax.tree.map(lambda x, mapped: x[0] if mapped else x, tree, batched[0])
         out_batched = jax.tree.map(lambda mapped: False, batched[0])
-        return _first_copy(depth - 1)(copy), out_batched
+        return _make_first_copy(depth - 1, record)(copy), out_batched
 
     return first
 

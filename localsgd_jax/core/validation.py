@@ -14,6 +14,8 @@ from localsgd_jax.core.pytrees import is_traced
 from localsgd_jax.core.types import PyTree, State, SyncRule
 
 MAX_INT32, MAX_INT64 = 2**31 - 1, 2**63 - 1
+# Far from the limits of float32, which products and sums must not reach.
+_MIN_WEIGHT, _MAX_WEIGHT = 1e-20, 1e20
 
 _MAX_TEXT = 100
 _REPR = reprlib.Repr()
@@ -351,8 +353,8 @@ def check_weights(weights: jax.Array | None, workers: int) -> jax.Array | None:
 
     Raises:
       TypeError: if the weights are not real numbers.
-      ValueError: if the shape is not `(K,)`, a weight is negative or not finite, or a
-        weight or the sum of all is out of the range of the floating point type.
+      ValueError: if the shape is not `(K,)`, or a weight is neither 0 nor in the range
+        in which products with parameters and sums do not overflow or vanish.
     """
     if weights is None:
         return None
@@ -371,28 +373,15 @@ def check_weights(weights: jax.Array | None, workers: int) -> jax.Array | None:
         raise TypeError(
             f"sync(state, weight): weights must be real, got dtype {values.dtype}"
         )
-    dtype = jnp.result_type(float)
     if concrete:
-        _check_weight_range(np.asarray(values), dtype)
-    return jnp.asarray(values, dtype)
+        _check_weight_range(np.asarray(values))
+    return jnp.asarray(values, jnp.result_type(float))
 
 
-def _check_weight_range(values: np.ndarray, dtype: np.dtype) -> None:
-    """Raises a ValueError unless weights and their sum are numbers of a dtype."""
-    call, limits = "sync(state, weight)", np.finfo(dtype)
-    values = values.astype(np.float64)
-
-    def check_all(valid: np.ndarray, rule: str) -> None:
-        if not valid.all():
-            worker = int(valid.argmin())
-            check(False, call, rule, f"{values[worker]} for worker {worker}")
-
-    is_finite = np.isfinite(values) & (values >= 0)
-    check_all(is_finite, "weights must be finite and not negative")
-    in_range = (values == 0) | ((values >= limits.tiny) & (values <= limits.max))
-    text = f"positive weights must be in [{limits.tiny}, {limits.max}] as {dtype}"
-    check_all(in_range, text)
-    with np.errstate(over="ignore"):
-        total = values.sum()
-    text = f"the sum of the weights must be at most {limits.max} as {dtype}"
-    check(total <= limits.max, call, text, total)
+def _check_weight_range(values: np.ndarray) -> None:
+    """Raises a ValueError for weights that are negative or of extreme size."""
+    valid = (values == 0) | ((values >= _MIN_WEIGHT) & (values <= _MAX_WEIGHT))
+    worker = int(valid.argmin())
+    text = f"a weight must be 0 or in [{_MIN_WEIGHT}, {_MAX_WEIGHT}]"
+    got = f"{values[worker]} for worker {worker}"
+    check(valid.all(), "sync(state, weight)", text, got)

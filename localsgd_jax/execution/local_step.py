@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import jax
 import optax
 
+from localsgd_jax.analysis.jaxpr_bytes import inner_jaxprs
 from localsgd_jax.core.types import PyTree
 
 if TYPE_CHECKING:  # Imports Pallas, which takes a fifth of the import time.
@@ -61,15 +62,8 @@ def _collectives(
         for axis in names:
             if axis in axes and name not in _SENDING_NOTHING:
                 yield name, axis, _source_line(equation)
-        values = list(equation.params.values())
-        for inner in jax.tree.leaves(values, is_leaf=_is_jaxpr):
-            if _is_jaxpr(inner):
-                yield from _collectives(inner, axes)
-
-
-def _is_jaxpr(x: object) -> bool:
-    """Returns whether a parameter of an equation is a jaxpr."""
-    return hasattr(x, "eqns")
+        for inner in inner_jaxprs(equation):
+            yield from _collectives(inner, axes)
 
 
 def _source_line(equation: "core.JaxprEqn") -> str:

@@ -59,7 +59,7 @@ CALL = "call(x)"
         (
             lambda: validation.check_weights(np.array([1.0, -1.0]), 2),
             ValueError,
-            "sync(state, weight): weights must be finite and not negative, got -1.0 "
+            "sync(state, weight): a weight must be 0 or in [1e-20, 1e+20], got -1.0 "
             "for worker 1",
         ),
     ],

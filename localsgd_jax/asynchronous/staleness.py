@@ -14,7 +14,7 @@ from localsgd_jax.asynchronous.aggregation import (
 )
 from localsgd_jax.core.pytrees import promote
 from localsgd_jax.core.types import PyTree
-from localsgd_jax.core.validation import check_number
+from localsgd_jax.core.validation import check_number, check_type
 
 _EPSILON = 1e-12
 
@@ -177,11 +177,7 @@ def aligned_nesterov(
         f"{call}(momentum)", "momentum", momentum, at_least=0, below=1
     )
     weighting = resolve_weighting(f"{call}(weighting)", weighting)
-    if not callable(align):
-        raise TypeError(
-            f"{call}(align): a function of a gradient and a momentum is needed, got "
-            f"{align!r}"
-        )
+    check_type(f"{call}(align)", "align", align, Callable)
 
     def init(aggregate: PyTree) -> PyTree:
         return jax.tree.map(jnp.zeros_like, aggregate)

@@ -22,6 +22,7 @@ from localsgd_jax.core.types import (
     Sharded,
     SyncContext,
     SyncRule,
+    states_by_name,
 )
 from localsgd_jax.core.validation import (
     check,
@@ -211,7 +212,7 @@ def from_train_step(train_step: Callable, rule: Rules = None) -> Algorithm:
             )
             for field in rules
         }
-        return worker, _transpose_rule_states(states)
+        return worker, states_by_name(states)
 
     def step(worker: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
         call = "from_train_step(train_step)"
@@ -247,7 +248,7 @@ def from_train_step(train_step: Callable, rule: Rules = None) -> Algorithm:
             _check_same_structure(call, "RuleState", field_state, new_state)
             trees |= {field: new_tree} if isinstance(field, str) else new_tree
             states[label] = new_state
-        return train_state.replace_fields(worker, trees), _transpose_rule_states(states)
+        return train_state.replace_fields(worker, trees), states_by_name(states)
 
     names = {_label(field): rule.name for field, rule in rules.items()}
     return Algorithm(init, step, sync, names)
@@ -310,14 +311,6 @@ def _names(field: Fields) -> tuple[str, ...]:
 def _label(field: Fields) -> str:
     """Returns the key of the rule state of a field, or of several fields."""
     return ", ".join(_names(field))
-
-
-def _transpose_rule_states(states: Mapping[str, RuleState]) -> RuleState:
-    """Converts a dict of rule states into a rule state of dicts."""
-    return RuleState(
-        {field: state.shared for field, state in states.items()},
-        {field: state.local for field, state in states.items()},
-    )
 
 
 def _fields(worker: PyTree | None, rules: Mapping) -> Mapping[Fields, PyTree]:

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from localsgd_jax.core.types import PyTree
+from localsgd_jax.core.validation import check_type
 
 
 def bind_axis(train_step: Callable, axis_name: str) -> Callable:
@@ -43,14 +44,8 @@ def bind_axis(train_step: Callable, axis_name: str) -> Callable:
       >>> state.workers["params"]
       Array([0.5, 1.5], dtype=float32)
     """
-    if not callable(train_step):
-        raise TypeError(
-            f"bind_axis(train_step): train_step must be callable, got {train_step!r}"
-        )
-    if not isinstance(axis_name, str):
-        raise TypeError(
-            f"bind_axis(axis_name): an axis name must be a str, got {axis_name!r}"
-        )
+    check_type("bind_axis(train_step)", "train_step", train_step, Callable)
+    check_type("bind_axis(axis_name)", "axis_name", axis_name, str)
     function = _without_pmap(train_step)
 
     @functools.wraps(function)

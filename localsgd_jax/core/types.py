@@ -56,6 +56,14 @@ class RuleState(NamedTuple):
     local: PyTree = ()
 
 
+def states_by_name(states: Mapping[str, RuleState]) -> RuleState:
+    """Converts a dict of rule states into a rule state of dicts."""
+    return RuleState(
+        {name: state.shared for name, state in states.items()},
+        {name: state.local for name, state in states.items()},
+    )
+
+
 class RuleMetrics(NamedTuple):
     """Scalar metrics in `RuleState.shared`, which `train` adds to the history.
 

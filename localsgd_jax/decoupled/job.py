@@ -8,9 +8,8 @@ import jax
 import optax
 
 from localsgd_jax.asynchronous.state import get_shared_field
-from localsgd_jax.core.call_names import value_name
 from localsgd_jax.core.types import Algorithm, Cluster, PyTree
-from localsgd_jax.core.validation import check, check_int
+from localsgd_jax.core.validation import check, check_int, check_optimizer, check_type
 from localsgd_jax.decoupled.fragments import num_fragments
 from localsgd_jax.decoupled.merging import MergePolicy
 from localsgd_jax.decoupled.payload import full_precision
@@ -134,21 +133,16 @@ def _version(package: str) -> str:
 def _check_types(job: Job) -> None:
     """Raises a TypeError if an argument has the wrong type."""
     expected = {
-        "algorithm": (Algorithm, "an Algorithm such as local_sgd(...)"),
-        "merge": (MergePolicy, "a MergePolicy such as immediate()"),
-        "compress": (Codec, "a codec such as integers(4)"),
+        "algorithm": (Algorithm,),
+        "merge": (MergePolicy,),
+        "compress": (Codec,),
+        "batches": (Callable,),
+        "tokens": (Callable, type(None)),
+        "cluster": (Callable, type(None)),
     }
-    for name, (kind, example) in expected.items():
-        if not isinstance(value := getattr(job, name), kind):
-            raise TypeError(f"Job({name}): {example} is needed, got {value!r}")
-    for name in ("batches", "tokens", "cluster"):
-        value = getattr(job, name)
-        if not (callable(value) or (value is None and name != "batches")):
-            raise TypeError(f"Job({name}): it must be callable, got {value!r}")
-    if job.outer is not None and not hasattr(job.outer, "update"):
-        raise TypeError(
-            "Job(outer): an optax optimizer is needed, such as optax.sgd(0.7); got "
-            f"{value_name(job.outer)}"
-        )
+    for name, types in expected.items():
+        check_type(f"Job({name})", name, getattr(job, name), *types)
+    if job.outer is not None:
+        check_optimizer("Job(outer)", job.outer)
     if not jax.tree.leaves(job.params):
         raise ValueError("Job(params): at least one leaf is needed, got none")

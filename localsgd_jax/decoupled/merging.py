@@ -17,7 +17,7 @@ from localsgd_jax.asynchronous.aggregation import (
 )
 from localsgd_jax.core.pytrees import where
 from localsgd_jax.core.types import PyTree
-from localsgd_jax.core.validation import check, check_int
+from localsgd_jax.core.validation import check_int, check_number, check_type
 
 
 class Counts(NamedTuple):
@@ -205,11 +205,9 @@ def quorum(
     References:
       Decoupled DiLoCo for Resilient Distributed Pre-training, 2026. arXiv:2604.21428
     """
-    check_int("quorum(q)", "it", q, 1)
-    in_range = 0 <= grace < math.inf
-    check(in_range, "quorum(grace)", "it must be finite and at least 0", grace)
-    if not callable(weight):
-        raise TypeError(f"quorum(weight): it must be callable, got {weight!r}")
+    q = check_int("quorum(q)", "q", q, 1)
+    grace = check_number("quorum(grace)", "grace", grace, at_least=0)
+    check_type("quorum(weight)", "weight", weight, Callable)
     staleness_weight = resolve_weighting("quorum(weighting)", weighting)
 
     def deadline(arrivals: Sequence[float], expected: Sequence[float]) -> float:

@@ -12,7 +12,7 @@ from localsgd_jax.core.averaging import average, check_inexact
 from localsgd_jax.core.call_names import call_name
 from localsgd_jax.core.pytrees import promote, where
 from localsgd_jax.core.types import PyTree, RuleState, SyncContext, SyncRule
-from localsgd_jax.core.validation import check_rule
+from localsgd_jax.core.validation import check_optimizer, check_rule
 
 
 class EagerState(NamedTuple):
@@ -73,11 +73,7 @@ def eager_outer(
       Computation in DiLoCo, 2025. arXiv:2502.12996. The equation follows its
       description in secondary sources.
     """
-    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
-        raise TypeError(
-            "eager_outer(optimizer): it must be an optax optimizer such as "
-            f"optax.sgd(0.7), got {optimizer!r}"
-        )
+    check_optimizer("eager_outer(optimizer)", optimizer)
     reduce = average() if reduce is None else reduce
     check_rule("eager_outer(reduce)", reduce)
 

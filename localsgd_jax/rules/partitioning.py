@@ -7,8 +7,14 @@ import jax
 from localsgd_jax.core.averaging import average
 from localsgd_jax.core.call_names import call_name
 from localsgd_jax.core.pieces import with_specs
-from localsgd_jax.core.types import PyTree, RuleState, SyncContext, SyncRule
-from localsgd_jax.core.validation import check, check_int, check_rule
+from localsgd_jax.core.types import (
+    PyTree,
+    RuleState,
+    SyncContext,
+    SyncRule,
+    states_by_name,
+)
+from localsgd_jax.core.validation import check, check_int, check_rule, check_type
 from localsgd_jax.rules.combinators import identity, when
 from localsgd_jax.schedules import every
 
@@ -51,8 +57,7 @@ def partition(
       Personalized Federated Learning, 2021, Algorithm 1: private layers.
       arXiv:2102.07078
     """
-    if not isinstance(rules, Mapping):
-        raise TypeError(f"partition(rules): a dict of rules is needed, got {rules!r}")
+    check_type("partition(rules)", "rules", rules, Mapping)
     check(rules, "partition(rules)", "at least one rule is required", rules)
     for label, rule in rules.items():
         check_rule(f"partition(rules[{label!r}])", rule)
@@ -66,7 +71,7 @@ def partition(
             part_specs = _select(specs, leaf_labels, label)
             state = rule.init(part, part_specs)
             states[label] = with_specs(state, part, part_specs)
-        return _by_label(states)
+        return states_by_name(states)
 
     def apply(
         tree: PyTree, state: RuleState, context: SyncContext
@@ -86,7 +91,7 @@ def partition(
                 next(updated) if own == label else leaf
                 for own, leaf in zip(leaf_labels, leaves, strict=True)
             ]
-        return structure.unflatten(leaves), _by_label(states)
+        return structure.unflatten(leaves), states_by_name(states)
 
     return SyncRule(init, apply, name=call_name("partition", rules, labels))
 
@@ -197,11 +202,3 @@ def _select(tree: PyTree | None, leaf_labels: list[str], label: str) -> PyTree |
         for own, leaf in zip(leaf_labels, leaves, strict=True)
     )
     return structure.unflatten(kept)
-
-
-def _by_label(states: Mapping[str, RuleState]) -> RuleState:
-    """Converts a dict of rule states into a rule state of dicts."""
-    return RuleState(
-        {label: state.shared for label, state in states.items()},
-        {label: state.local for label, state in states.items()},
-    )

@@ -11,7 +11,7 @@ import numpy as np
 from localsgd_jax.core.call_names import call_name
 from localsgd_jax.core.metrics import metrics_by_name
 from localsgd_jax.core.types import PyTree
-from localsgd_jax.core.validation import check, check_weights
+from localsgd_jax.core.validation import check, check_type, check_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +70,7 @@ def weighted_by(metric: str, formula: Callable | None = None) -> MetricWeights:
 
     Raises:
       TypeError: if an argument has the wrong type.
+      ValueError: if the name is empty.
 
     Example:
       >>> weighted_by("tokens", lambda tokens, steps: tokens**2 / steps)(6.0, 2)
@@ -81,12 +82,10 @@ def weighted_by(metric: str, formula: Callable | None = None) -> MetricWeights:
       Decoupled DiLoCo, 2026: weights tokens²/steps, after a secondary source.
       arXiv:2604.21428
     """
-    if not isinstance(metric, str) or not metric:
-        raise TypeError(f"weighted_by(metric): metric must be a name, got {metric!r}")
-    if formula is not None and not callable(formula):
-        raise TypeError(
-            f"weighted_by(formula): formula must be callable, got {formula!r}"
-        )
+    check_type("weighted_by(metric)", "metric", metric, str)
+    check(metric, "weighted_by(metric)", "metric must be a name", repr(metric))
+    none = type(None)
+    check_type("weighted_by(formula)", "formula", formula, Callable, none)
     return MetricWeights(metric, formula)
 
 

@@ -121,7 +121,7 @@ def test_without_alignment_it_is_the_server_optimizer():
         (
             lambda: asynchronous.aligned_nesterov(0.7, align=2),
             TypeError,
-            r"\(align\): a function of a gradient and a momentum is needed, got 2",
+            r"\(align\): align must be callable, got 2",
         ),
     ],
 )

@@ -186,7 +186,12 @@ def test_exceptions_for_embeddings_with_nnx():
 @pytest.mark.parametrize(
     "rules, labels, error, message",
     [
-        ([lsgd.average()], by_layer, TypeError, "a dict of rules is needed"),
+        (
+            [lsgd.average()],
+            by_layer,
+            TypeError,
+            r"\(rules\): rules must be a mapping",
+        ),
         ({}, by_layer, ValueError, "at least one rule"),
         ({"w": 1}, by_layer, TypeError, r"partition\(rules\['w'\]\)"),
         ({"v": lsgd.average()}, by_layer, ValueError, "the label of 'w' must be one"),

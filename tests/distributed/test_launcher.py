@@ -243,7 +243,7 @@ def test_repeatedly_stopped_slot_is_excluded(capfd):
     "serve",
     [
         in_full("time.sleep(5)", id="does not listen"),
-        pytest.param(
+        in_full(
             "end = time.monotonic() + 5\n"
             "listener.settimeout(1)\n"
             "while time.monotonic() < end:\n"

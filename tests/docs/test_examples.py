@@ -72,6 +72,7 @@ def test_conv_equals_a_convolution():
     )
 
 
+@pytest.mark.full
 def test_text_learns_and_samples(capsys):
     text = importlib.import_module("text")
     pathlib.Path("data.txt").write_text("abcdefgh" * 500)

@@ -8,6 +8,7 @@ import pytest
 from harness.cases import (
     FEW_RULES,
     ON_DEVICES,
+    REPRESENTATIVE_RULES,
     RULES,
     WORKERS,
     algorithm,
@@ -27,6 +28,9 @@ from localsgd_jax.analysis import total_bytes_sent
 
 on_devices = pytest.mark.parametrize(
     "name, placement", rule_placement_pairs(ON_DEVICES)
+)
+few_on_devices = pytest.mark.parametrize(
+    "name, placement", rule_placement_pairs(ON_DEVICES, REPRESENTATIVE_RULES)
 )
 
 
@@ -73,7 +77,7 @@ def test_simulated_synchronisation_has_no_collectives(name):
     assert lsgd.collective_ops(simulated.sync, initial(simulated)[0]) == ()
 
 
-@on_devices
+@few_on_devices
 def test_gated_step_has_collectives_only_in_conditional(name, placement):
     placed = cluster(placement, name)
     ops = lsgd.collective_ops(lsgd.gated(placed, lsgd.every(4)), *initial(placed))
@@ -81,7 +85,7 @@ def test_gated_step_has_collectives_only_in_conditional(name, placement):
     assert all(op.in_branch for op in ops)
 
 
-@on_devices
+@few_on_devices
 def test_fused_round_has_collectives_only_after_loop(name, placement):
     placed = cluster(placement, name)
     state, _ = initial(placed)

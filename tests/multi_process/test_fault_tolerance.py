@@ -179,7 +179,7 @@ def test_launcher_restarts_after_failure_of_process_0(tmp_path):
 @pytest.mark.parametrize(
     "processes, faults, message",
     [
-        pytest.param(2, [[0, "SIGSTOP"]], "process 0 has not responded for 3 s"),
+        in_full(2, [[0, "SIGSTOP"]], "process 0 has not responded for 3 s"),
         pytest.param(
             3,
             [[2, "SIGKILL"]],

@@ -52,7 +52,7 @@ def test_every_placement_matches_simulate(name, placement, weight):
     np.testing.assert_allclose(step_losses, losses, rtol=1e-5, atol=1e-6)
 
 
-@parametrize_rules("simulate", "mesh", "lanes")
+@parametrize_rules("simulate", "mesh", "lanes", main_rules=REPRESENTATIVE_RULES)
 def test_gated_step_matches_manual_loop(name, placement):
     tested = cluster(placement, name)
     expected, _ = run_manually(tested, batches(8), UNEVEN)

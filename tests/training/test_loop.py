@@ -190,7 +190,7 @@ def test_state_is_donated():
         in_full(
             {"weights": np.full(8, -1.0)},
             ValueError,
-            "not negative, got -1.0 for worker 0",
+            "must be 0 or in .*got -1.0 for worker 0",
         ),
     ],
 )

@@ -16,6 +16,7 @@ from harness.checkpoint_run import (
     make_algorithm,
     save_with_eight_workers,
 )
+from harness.selection import in_full
 
 import localsgd_jax as lsgd
 from localsgd_jax.checkpoint import CheckpointError, RunCheckpointer
@@ -55,9 +56,9 @@ def run_with_checkpoints(
 @pytest.mark.parametrize(
     "placement, schedule",
     [
-        ("simulate", lsgd.every(4)),
+        in_full("simulate", lsgd.every(4)),
         ("lanes", lsgd.post_local(6, 5)),
-        ("simulate", lsgd.never()),
+        in_full("simulate", lsgd.never()),
     ],
     ids=repr,
 )

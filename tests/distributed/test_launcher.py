@@ -208,7 +208,7 @@ IF_FIRST_START = f"{RESTART_COUNT}if restarts: print('again'); sys.exit()\n"
         pytest.param(
             f"{LISTEN}if process: time.sleep(1); os.abort()\n{STOP}", id="aborted peer"
         ),
-        pytest.param(f"if process: {SLEEP}{STOP}", id="stopped before it listens"),
+        in_full(f"if process: {SLEEP}{STOP}", id="stopped before it listens"),
         in_full(f"{LISTEN}if process: sys.exit()\n{STOP}", id="other exits"),
         in_full(f"{LISTEN}if process == 2: sys.exit(1)\n{STOP}", id="others stopped"),
         in_full(f"{LISTEN}time.sleep(1)\n{STOP}", id="all stopped"),

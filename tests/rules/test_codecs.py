@@ -79,7 +79,7 @@ def test_integer_codec_scales_consecutive_blocks(bits, block):
         np.testing.assert_allclose(decoded.reshape(x.shape), expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("size", [8, 56, 1024, 3072])
+@pytest.mark.parametrize("size", keep([8, 56, 1024, 3072], [56, 3072]))
 @pytest.mark.parametrize("bits", keep(BITS, [2, 1]))
 def test_unpack_inverts_pack(bits, size):
     rng = np.random.default_rng(size)

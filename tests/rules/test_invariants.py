@@ -98,7 +98,7 @@ def test_worker_order_does_not_matter(name, placement):
     assert_close(permuted, expected)
 
 
-@parametrize_rules("mesh", "lanes")
+@parametrize_rules("mesh", "lanes", main_rules=REPRESENTATIVE_RULES)
 @pytest.mark.parametrize("weight", [in_full(1.0), 0.25])
 def test_equal_weights_match_no_weights(name, placement, weight):
     tested = cluster(placement, name)

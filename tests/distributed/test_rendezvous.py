@@ -319,15 +319,14 @@ def test_stopped_process_0_raises_in_the_others():
 def test_failure_reported_by_the_launcher_raises_in_all_processes():
     server = Server()
     reason = {"failed": 1, "reason": "exited with 137", "job_id": "a"}
-    waiting = threading.Thread(
-        target=lambda: pytest.raises(CoordinationError, server.join, 2)
-    )
-    waiting.start()
-    assert coordinator.contact(parse_address(server.address), reason) is Reply.ANSWERED
-    message = "initialize(): process 1 exited with 137 before it was connected"
-    assert server.end() == message
-    waiting.join(20)
-    assert not waiting.is_alive()
+    address = parse_address(server.address)
+    error = "process 1 exited with 137 before it was connected"
+    with register(server, 2) as other, other.makefile("rb") as replies:
+        assert replies.readline() == registration.PING, "it is registered"
+        assert coordinator.contact(address, reason) is Reply.ANSWERED
+        reply = next(line for line in replies if line != registration.PING)
+        assert json.loads(reply) == {"error": error}
+    assert server.end() == f"initialize(): {error}"
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from localsgd_jax import decoupled
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "NPROC": "16",
-    "PYTHONPATH": os.environ["PYTHONPATH"],
+    "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
     "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
 }
 

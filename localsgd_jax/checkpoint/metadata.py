@@ -51,10 +51,19 @@ def run_fingerprint(cluster: Cluster, seed: int, config: Mapping | None) -> dict
     return {
         "format": FORMAT_VERSION,
         "seed": seed,
-        "config": json.loads(json.dumps(dict(config or {}))),
+        "config": _json_values(config or {}),
         "rule": dict(cluster.algorithm.rule_names),
         "optimizer": cluster.algorithm.optimizer_name,
     }
+
+
+def _json_values(config: Mapping) -> dict:
+    """Returns a configuration after a round trip through JSON."""
+    try:
+        return json.loads(json.dumps(dict(config)))
+    except (TypeError, ValueError) as error:
+        text = "each value must be JSON serialisable"
+        raise TypeError(f"RunCheckpointer(config): {text}, got {error}") from None
 
 
 def describe_leaves(state: State) -> dict[str, str]:

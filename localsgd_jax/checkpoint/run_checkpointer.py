@@ -57,7 +57,8 @@ class RunCheckpointer:
           CheckpointError: if the directory cannot be created or written, or is in use
             by another process.
           ValueError: if max_to_keep < 1 or seed < 0.
-          TypeError: if `config` is not JSON serializable.
+          TypeError: if an argument has the wrong type, or `config` is not JSON
+            serializable.
 
         Example:
           >>> import tempfile
@@ -90,6 +91,9 @@ class RunCheckpointer:
         call = f"{name}(directory)"
         validation.check_type(call, "directory", directory, str, os.PathLike)
         validation.check_type(f"{name}(cluster)", "cluster", cluster, Cluster)
+        flags = {"process_local": process_local, "read_only": read_only}
+        for flag, value in flags.items():
+            validation.check_type(f"{name}({flag})", flag, value, bool)
         if config is not None:
             validation.check_type(f"{name}(config)", "config", config, Mapping)
         self._cluster, self._examples_seen = cluster, 0
@@ -190,11 +194,12 @@ class RunCheckpointer:
           CheckpointError: if the checkpoint has another model, optimizer, rule, seed or
             configuration, with the differences; or if it is damaged, with what is
             damaged and the latest intact checkpoint before it.
-          TypeError: if `state` is not a `State`.
+          TypeError: if an argument has the wrong type.
           ValueError: if a reset field does not exist, the state is abstract and a
             field is reset, or `changed` has another name.
         """
         _checked_leaves("restore(state)", state)
+        validation.check_type("restore(fallback)", "fallback", fallback, bool)
         call, name = "restore(reset_fields)", "reset_fields"
         validation.check_type(call, name, reset_fields, Iterable)
         names, steps = tuple(reset_fields), self._storage.steps()
@@ -322,9 +327,10 @@ def _checked_leaves(call: str, state: State) -> list:
 
 def _checked_changes(names: Iterable[str]) -> tuple[str, ...]:
     """Returns the names of entries that may differ from the checkpoint."""
+    validation.check_type("restore(changed)", "changed", names, Iterable, str)
     names = (names,) if isinstance(names, str) else tuple(names)
     text = f"each name must be one of {metadata.CHANGEABLE}"
-    valid = set(names) <= set(metadata.CHANGEABLE)
+    valid = all(name in metadata.CHANGEABLE for name in names)
     validation.check(valid, "restore(changed)", text, names)
     return names
 

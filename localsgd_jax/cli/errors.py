@@ -16,6 +16,9 @@ def click_errors(
 ) -> Iterator[None]:
     """Converts input errors into one-line click errors.
 
+    A call of `sys.exit` by the user's program is one, since its code would be taken
+    for that of the command.
+
     Args:
       error_types: types of the errors to convert.
 
@@ -32,3 +35,7 @@ def click_errors(
         if isinstance(error, OSError) and error.filename is not None:
             text = f"{error.filename}: {error.strerror}"
         raise click.ClickException(" ".join(text.split())) from error
+    except SystemExit as error:
+        raise click.ClickException(
+            f"the program must not call sys.exit, got the exit code {error.code!r}"
+        ) from error

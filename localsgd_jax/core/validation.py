@@ -151,6 +151,17 @@ def check_choice(call: str, name: str, value: object, choices: Sequence[str]) ->
     check(is_choice, call, f"{name} must be {names}", describe(value))
 
 
+def check_dtype(call: str, name: str, value: Any) -> np.dtype:
+    """Returns a dtype; raises a TypeError for anything else, also for None."""
+    try:
+        if value is None:
+            raise TypeError
+        return jnp.dtype(value)
+    except (TypeError, ValueError):
+        text = f"{name} must be a dtype, got {describe(value)}"
+        raise TypeError(f"{call}: {text}") from None
+
+
 def check_names(call: str, name: str, value: Any) -> tuple[str, ...]:
     """Returns one name or several, such as of mesh axes, as a tuple.
 
@@ -339,7 +350,9 @@ def check_worker_axis(
             )
 
 
-def check_weights(weights: jax.Array | None, workers: int) -> jax.Array | None:
+def check_weights(
+    weights: jax.Array | None, workers: int, call: str = "sync(state, weight)"
+) -> jax.Array | None:
     """Returns the weights of a synchronisation as a floating point array.
 
     The elements are checked only if they are concrete, not under a trace.
@@ -347,6 +360,7 @@ def check_weights(weights: jax.Array | None, workers: int) -> jax.Array | None:
     Args:
       weights: `(K,)`, or None for equal weights.
       workers: K.
+      call: public call and argument.
 
     Returns:
       `(K,)`, or None.
@@ -362,26 +376,22 @@ def check_weights(weights: jax.Array | None, workers: int) -> jax.Array | None:
     values = np.asarray(weights) if concrete else weights
     if values.shape != (workers,):
         raise ValueError(
-            f"sync(state, weight): weight must have shape ({workers},), one for each "
-            f"worker, got {values.shape}"
+            f"{call}: weight must have shape ({workers},), one for each worker, got "
+            f"{values.shape}"
         )
     if not jnp.issubdtype(values.dtype, np.number) and values.dtype != bool:
-        raise TypeError(
-            f"sync(state, weight): weights must be numbers, got dtype {values.dtype}"
-        )
+        raise TypeError(f"{call}: weights must be numbers, got dtype {values.dtype}")
     if jnp.issubdtype(values.dtype, np.complexfloating):
-        raise TypeError(
-            f"sync(state, weight): weights must be real, got dtype {values.dtype}"
-        )
+        raise TypeError(f"{call}: weights must be real, got dtype {values.dtype}")
     if concrete:
-        _check_weight_range(np.asarray(values))
+        _check_weight_range(call, np.asarray(values))
     return jnp.asarray(values, jnp.result_type(float))
 
 
-def _check_weight_range(values: np.ndarray) -> None:
+def _check_weight_range(call: str, values: np.ndarray) -> None:
     """Raises a ValueError for weights that are negative or of extreme size."""
     valid = (values == 0) | ((values >= _MIN_WEIGHT) & (values <= _MAX_WEIGHT))
     worker = int(valid.argmin())
     text = f"a weight must be 0 or in [{_MIN_WEIGHT}, {_MAX_WEIGHT}]"
     got = f"{values[worker]} for worker {worker}"
-    check(valid.all(), "sync(state, weight)", text, got)
+    check(valid.all(), call, text, got)

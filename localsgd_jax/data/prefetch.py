@@ -13,7 +13,11 @@ import numpy as np
 
 from localsgd_jax.core.pytrees import stack_leaves
 from localsgd_jax.core.types import PyTree
-from localsgd_jax.core.validation import check_array_leaves, describe
+from localsgd_jax.core.validation import (
+    check_array_leaves,
+    check_worker_axis,
+    describe,
+)
 from localsgd_jax.distributed.coordination import CoordinationError, Coordinator
 from localsgd_jax.distributed.meshes import NO_MESH, ambient_mesh
 from localsgd_jax.distributed.mismatches import describe_mismatches
@@ -22,14 +26,18 @@ from localsgd_jax.distributed.mismatches import describe_mismatches
 class Prefetcher:
     """Buffer of host batches that are stacked over time and put on devices."""
 
-    def __init__(self, batches: Iterator[PyTree], put: Callable) -> None:
+    def __init__(
+        self, batches: Iterator[PyTree], put: Callable, workers: tuple[int, int]
+    ) -> None:
         """Initialises an empty buffer; reads no batch.
 
         Args:
           batches: iterator of batches, leaves `(K, B, ...)`.
           put: `put(batches, time=True)`, transfers leaves `(H, K, B, ...)` to devices.
+          workers: K, and the number of workers of this process, which is another
+            allowed number of rows.
         """
-        self._batches, self._put = batches, put
+        self._batches, self._put, self._workers = batches, put, workers
         self._buffer, self._structure = collections.deque(), None
 
     def fill(self, buffer_size: int) -> int:
@@ -43,7 +51,7 @@ class Prefetcher:
           can therefore be stacked; 0 if the batches have ended.
 
         Raises:
-          ValueError: if a batch has no leaves.
+          ValueError: if a batch has no leaves, or a leaf no row for each worker.
           TypeError: if a batch differs from the first one in structure.
         """
         while len(self._buffer) < buffer_size:
@@ -93,6 +101,8 @@ class Prefetcher:
                 "train(batches): all batches must have one structure, got "
                 f"{structure} after {self._structure}"
             )
+        workers, local_workers = self._workers
+        check_worker_axis("train(batches)", batch, workers, local_workers=local_workers)
         return tuple((np.shape(leaf), jax.dtypes.result_type(leaf)) for leaf in leaves)
 
 
@@ -109,6 +119,7 @@ class SynchronizedPrefetcher:
         put: Callable,
         buffer_size: int,
         processes: Sequence[int],
+        workers: tuple[int, int],
     ) -> None:
         """Initialises an empty buffer; reads no batch.
 
@@ -118,8 +129,10 @@ class SynchronizedPrefetcher:
           put: `put(batches, time=True)`, transfers leaves `(H, K, B, ...)` to devices.
           buffer_size: number of batches to read in advance, as in all other processes.
           processes: indices of the participating processes.
+          workers: as for `Prefetcher`.
         """
-        self._prefetcher, self._buffer_size = Prefetcher(batches, put), buffer_size
+        self._prefetcher = Prefetcher(batches, put, workers)
+        self._buffer_size = buffer_size
         self._coordinator = Coordinator("train(batches)", processes)
         self._num_ready: int | None = None
         self._last_head_shapes: tuple | None = None

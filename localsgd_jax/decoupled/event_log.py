@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from localsgd_jax.core.types import PyTree
+from localsgd_jax.core.validation import check_type
 from localsgd_jax.decoupled import events
 from localsgd_jax.decoupled.events import Contribution, Event
 from localsgd_jax.decoupled.fragments import split
-from localsgd_jax.decoupled.job import Job, shared_params
+from localsgd_jax.decoupled.job import Job, check_job, shared_params
 from localsgd_jax.decoupled.payload import encode_update
 
 _KINDS = {
@@ -95,6 +96,7 @@ def read_log(job: Job, directory: str) -> list[tuple[int, Event]]:
       fragment 1, and so on.
 
     Raises:
+      TypeError: if an argument has the wrong type.
       FileNotFoundError: if the directory has no events.
 
     Example:
@@ -112,6 +114,8 @@ def read_log(job: Job, directory: str) -> list[tuple[int, Event]]:
       ...     print(str(error)[:30])
       read_log(directory): no events
     """
+    check_job("read_log", job)
+    check_type("read_log(directory)", "directory", directory, str, os.PathLike)
     log = [
         (fragment, event)
         for fragment in range(job.fragments)

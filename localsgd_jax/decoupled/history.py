@@ -1,9 +1,11 @@
 """History of a decoupled job: one row per merge, returned as columns."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+
+from localsgd_jax.core.validation import check, check_type
 
 History = dict[str, np.ndarray]
 _COLUMNS = (
@@ -47,6 +49,10 @@ def activity(history: History) -> str:
       A line for each learner: contributions, time of the first and the last, and the
       longest time between two of them, in seconds.
 
+    Raises:
+      TypeError: if it is not a mapping.
+      ValueError: if it lacks a column.
+
     Example:
       >>> import numpy as np
       >>> history = {"learners": np.array([[True], [True]]),
@@ -55,6 +61,9 @@ def activity(history: History) -> str:
       learner  contributions   first    last  longest gap
             0              2     1.0     2.5          1.5
     """
+    check_type("activity(history)", "history", history, Mapping)
+    for name in ("learners", "seconds"):
+        check(name in history, "activity(history)", f"it must have {name!r}", history)
     lines = [
         f"{'learner':>7}{'contributions':>15}{'first':>8}{'last':>8}{'longest gap':>13}"
     ]

@@ -8,8 +8,16 @@ import jax
 import optax
 
 from localsgd_jax.asynchronous.state import get_shared_field
+from localsgd_jax.core.train_state import field_names
 from localsgd_jax.core.types import Algorithm, Cluster, PyTree
-from localsgd_jax.core.validation import check, check_int, check_optimizer, check_type
+from localsgd_jax.core.validation import (
+    check,
+    check_array_leaves,
+    check_int,
+    check_optimizer,
+    check_type,
+    describe,
+)
 from localsgd_jax.decoupled.fragments import num_fragments
 from localsgd_jax.decoupled.merging import MergePolicy
 from localsgd_jax.decoupled.payload import full_precision
@@ -74,6 +82,10 @@ class Job:
         for name, minimum in (("every", 1), ("steps", 1), ("fragments", 1)):
             check_int(f"Job({name})", "it", getattr(self, name), minimum)
         check_int("Job(overlap)", "it", self.overlap, 0)
+        check_array_leaves("Job(params)", "params", self.params)
+        names = field_names(self.algorithm.init(self.params)[0])
+        text = f"it must be one of {', '.join(names)}"
+        check(self.field in names, "Job(field)", text, describe(self.field))
         divides = self.every % self.fragments == 0
         text = f"it must divide every = {self.every}"
         check(divides, "Job(fragments)", text, self.fragments)
@@ -82,6 +94,11 @@ class Job:
         check(in_range, "Job(overlap)", text, self.overlap)
         self.merge.aggregation(self.outer)
         num_fragments("Job(fragments)", shared_params(self), self.fragments)
+
+
+def check_job(call: str, job: object) -> None:
+    """Raises a TypeError unless the argument is a `Job`."""
+    check_type(f"{call}(job)", "job", job, Job)
 
 
 def steps_per_contribution(job: Job) -> int:
@@ -139,6 +156,7 @@ def _check_types(job: Job) -> None:
         "batches": (Callable,),
         "tokens": (Callable, type(None)),
         "cluster": (Callable, type(None)),
+        "field": (str,),
     }
     for name, types in expected.items():
         check_type(f"Job({name})", name, getattr(job, name), *types)

@@ -69,6 +69,7 @@ def by_examples(counts: Counts) -> float:
       >>> by_examples(Counts(steps=4, examples=32, tokens=320))
       32.0
     """
+    check_type("by_examples(counts)", "counts", counts, Counts)
     return float(counts.examples)
 
 
@@ -85,6 +86,7 @@ def by_tokens(counts: Counts) -> float:
       >>> by_tokens(Counts(steps=4, examples=32, tokens=320))
       320.0
     """
+    check_type("by_tokens(counts)", "counts", counts, Counts)
     return float(counts.tokens)
 
 
@@ -104,6 +106,7 @@ def by_token_rate(counts: Counts) -> float:
     References:
       Decoupled DiLoCo for Resilient Distributed Pre-training, 2026. arXiv:2604.21428
     """
+    check_type("by_token_rate(counts)", "counts", counts, Counts)
     return counts.tokens**2 / counts.steps
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from localsgd_jax.core.types import PyTree
-from localsgd_jax.core.validation import check, check_int, check_number
+from localsgd_jax.core.validation import check, check_dtype, check_int, check_number
 from localsgd_jax.rules.codecs import (
     BITS,
     Codec,
@@ -54,13 +54,14 @@ def floats(dtype: jax.typing.DTypeLike = jnp.bfloat16) -> Codec:
       A codec for `Job(compress=...)`.
 
     Raises:
+      TypeError: if it is not a type.
       ValueError: for another type.
 
     Example:
       >>> import jax.numpy as jnp
       >>> codec = floats(jnp.bfloat16)
     """
-    short = jnp.dtype(dtype)
+    short = check_dtype("floats(dtype)", "dtype", dtype)
     valid = jnp.issubdtype(short, jnp.floating) and short.itemsize <= 2
     text = "dtype must be a floating point type of one or two bytes"
     check(valid, "floats(dtype)", text, short.name)
@@ -78,12 +79,13 @@ def integers(bits: int, block: int = 256) -> Codec:
       A codec for `Job(compress=...)`.
 
     Raises:
-      TypeError: if the block is not an int.
+      TypeError: if a number is not an int.
       ValueError: if a number is out of range.
 
     Example:
       >>> codec = integers(4)
     """
+    bits = check_int("integers(bits)", "bits", bits, 1)
     check(bits in BITS, "integers(bits)", f"bits must be one of {BITS}", bits)
     check_int("integers(block)", "block", block, 8)
     check(block % 8 == 0, "integers(block)", "block must be a multiple of 8", block)

@@ -8,11 +8,11 @@ import jax
 import numpy as np
 
 from localsgd_jax.core.types import PyTree
-from localsgd_jax.core.validation import describe
+from localsgd_jax.core.validation import check_int, check_type, describe
 from localsgd_jax.decoupled.events import Contribution, Event, Leave, Tick
 from localsgd_jax.decoupled.fragments import join
 from localsgd_jax.decoupled.history import History, history_columns
-from localsgd_jax.decoupled.job import Job, shared_params
+from localsgd_jax.decoupled.job import Job, check_job, shared_params
 from localsgd_jax.decoupled.learner import (
     Answer,
     Receive,
@@ -36,6 +36,10 @@ def replay(job: Job, log: Log) -> tuple[PyTree, History]:
     Returns:
       Model and history of the run, with equal bits.
 
+    Raises:
+      TypeError: if an argument has the wrong type.
+      ValueError: if an event belongs to a fragment that the job does not have.
+
     Example:
       >>> import itertools
       >>> import jax.numpy as jnp, numpy as np, optax
@@ -53,6 +57,7 @@ def replay(job: Job, log: Log) -> tuple[PyTree, History]:
       >>> bool(repeated["w"] == params["w"])
       True
     """
+    log = _checked_log("replay", job, log)
     hosts = [SyncerHost(make_syncer(job, f)) for f in range(job.fragments)]
     learners = 0
     for fragment, event in log:
@@ -90,8 +95,11 @@ def recompute(job: Job, log: Log) -> Recomputed:
       The comparison of each contribution with the one in the log.
 
     Raises:
-      ValueError: if the log lacks events, so that a learner waits.
+      TypeError: if an argument has the wrong type.
+      ValueError: if an event belongs to a fragment that the job does not have, or if
+        the log lacks events, so that a learner waits.
     """
+    log = _checked_log("recompute", job, log)
     queues: list[deque[Event]] = [deque() for _ in range(job.fragments)]
     for fragment, event in log:
         queues[fragment].append(event)
@@ -182,6 +190,21 @@ class _Repetition:
 
 
 _Identity = tuple[str, int, int, int]
+
+
+def _checked_log(call: str, job: Job, log: Log) -> list[tuple[int, Event]]:
+    """Returns the pairs of a log; raises unless each is a fragment and an event."""
+    check_job(call, job)
+    call = f"{call}(log)"
+    check_type(call, "log", log, Iterable)
+    pairs = list(log)
+    for pair in pairs:
+        is_pair = isinstance(pair, tuple) and len(pair) == 2
+        if not (is_pair and isinstance(pair[1], Event)):
+            text = "each element of the log must be a fragment and an event"
+            raise TypeError(f"{call}: {text}, got {describe(pair)}")
+        check_int(call, "the fragment", pair[0], 0, job.fragments - 1)
+    return pairs
 
 
 def _identity(event: Any) -> _Identity | None:

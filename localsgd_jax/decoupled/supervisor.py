@@ -1,6 +1,7 @@
 """Decoupled training on Ray: starts, watches and restarts the processes of a job."""
 
 import contextlib
+import os
 import shutil
 import tempfile
 import time
@@ -10,10 +11,10 @@ from types import ModuleType
 from typing import Any
 
 from localsgd_jax.core.types import PyTree
-from localsgd_jax.core.validation import check, check_int, check_number
+from localsgd_jax.core.validation import check, check_int, check_number, check_type
 from localsgd_jax.decoupled.fragments import join
 from localsgd_jax.decoupled.history import History, history_columns
-from localsgd_jax.decoupled.job import Job, shared_params
+from localsgd_jax.decoupled.job import Job, check_job, shared_params
 from localsgd_jax.decoupled.ray_actors import (
     JobMismatchError,
     LearnerActor,
@@ -79,7 +80,7 @@ def run(
 
     Raises:
       ImportError: if Ray or Orbax is not installed.
-      TypeError: if a number is not an int.
+      TypeError: if an argument has the wrong type.
       ValueError: if a number is out of range.
       ConnectionError: if there is no cluster at the address.
       RuntimeError: if the cluster lacks room for the least number of learners, so many
@@ -89,7 +90,21 @@ def run(
       >>> def train(job):
       ...     return run(job, learners=4, checkpoint="run")
     """
+    check_job("run", job)
     least, most = _learner_range(learners)
+    options = {
+        "address": (address, str, type(None)),
+        "resources": (resources, Mapping, type(None)),
+        "checkpoint": (checkpoint, str, os.PathLike, type(None)),
+        "environment": (environment, Mapping, type(None)),
+        "progress": (progress, bool, type(None)),
+        "record": (record, Callable, type(None)),
+    }
+    for name, (value, *types) in options.items():
+        check_type(f"run({name})", name, value, *types)
+    check(address != "", "run(address)", "it must not be empty", repr(address))
+    for value in (environment or {}).values():
+        check_type("run(environment)", "each value", value, str)
     check_int("run(save_every)", "it", save_every, 1)
     check_int("run(restarts)", "it", restarts, 0)
     check_number("run(timeout)", "timeout", timeout, above=0)

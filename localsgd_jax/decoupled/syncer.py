@@ -12,6 +12,7 @@ import numpy as np
 from localsgd_jax.asynchronous.aggregation import UpdateContext
 from localsgd_jax.core.pytrees import promote, unravel
 from localsgd_jax.core.types import PyTree
+from localsgd_jax.core.validation import check_int
 from localsgd_jax.decoupled.events import (
     Contribution,
     Event,
@@ -23,7 +24,7 @@ from localsgd_jax.decoupled.events import (
     Tick,
 )
 from localsgd_jax.decoupled.fragments import Fragment, split
-from localsgd_jax.decoupled.job import Job, shared_params
+from localsgd_jax.decoupled.job import Job, check_job, shared_params
 from localsgd_jax.decoupled.leases import Leases, return_leases, take_lease
 from localsgd_jax.decoupled.merging import Counts, add_weighted
 from localsgd_jax.decoupled.payload import decode_update, payload_bytes
@@ -72,6 +73,10 @@ def make_syncer(job: Job, fragment: int = 0) -> Syncer:
     Returns:
       Its functions. Equal events give bitwise equal states.
 
+    Raises:
+      TypeError: if an argument has the wrong type.
+      ValueError: if there is no such fragment.
+
     Example:
       >>> import jax.numpy as jnp, optax
       >>> import localsgd_jax as lsgd
@@ -85,6 +90,8 @@ def make_syncer(job: Job, fragment: int = 0) -> Syncer:
       >>> output.replies[0].kind, output.replies[0].leases
       ('model', (0,))
     """
+    check_job("make_syncer", job)
+    check_int("make_syncer(fragment)", "it", fragment, 0, job.fragments - 1)
     like = split(shared_params(job), job.fragments)[fragment]
     aggregation = job.merge.aggregation(job.outer)
     leases = Leases(0, math.ceil(job.steps / job.every) * job.every, job.every)

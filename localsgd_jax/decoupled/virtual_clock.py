@@ -7,11 +7,11 @@ from collections.abc import Generator, Sequence
 from typing import Any, NamedTuple
 
 from localsgd_jax.core.types import PyTree
-from localsgd_jax.core.validation import check_int, check_number
+from localsgd_jax.core.validation import check_int, check_number, check_type
 from localsgd_jax.decoupled.events import Event, Leave, Reply, Tick
 from localsgd_jax.decoupled.fragments import join
 from localsgd_jax.decoupled.history import History, history_columns
-from localsgd_jax.decoupled.job import Job, shared_params
+from localsgd_jax.decoupled.job import Job, check_job, shared_params
 from localsgd_jax.decoupled.learner import (
     Answer,
     LearnerFunctions,
@@ -80,7 +80,7 @@ def simulate(
       virtual clock.
 
     Raises:
-      TypeError: if the number of learners is not an int.
+      TypeError: if an argument or a field of the clock has the wrong type.
       ValueError: if a number is out of range.
       RuntimeError: if every learner is lost before the job is done.
 
@@ -99,7 +99,9 @@ def simulate(
       >>> int(history["steps"][-1])
       12
     """
-    check_int("simulate(clock)", "learners", clock.learners, 1)
+    check_job("simulate", job)
+    _check_clock(clock)
+    check_type("simulate(log)", "log", log, list, type(None))
     return _VirtualRun(job, clock, log).run()
 
 
@@ -131,7 +133,8 @@ class _VirtualRun:
         self._learners: dict[int, _Learner] = {}
         self._sessions = itertools.count(1)
         self._undelivered: list[tuple[int, Reply]] = []
-        for index, time in enumerate(_per_start(clock)):
+        starts = _per_learner("start", clock.start, clock.learners)
+        for index, time in enumerate(starts):
             self._schedule(time, "start", index)
         for failure in clock.failures:
             self._schedule(failure.time, "stop", failure)
@@ -257,19 +260,29 @@ def _belongs(learner: _Learner, reply: Reply) -> bool:
     return learner.session == reply.session
 
 
+def _check_clock(clock: Clock) -> None:
+    """Raises unless numbers of a clock are in range and failures are of learners."""
+    call = "simulate(clock)"
+    check_type(call, "clock", clock, Clock)
+    check_int(call, "learners", clock.learners, 1)
+    check_number(call, "delay", clock.delay, at_least=0)
+    check_type(call, "failures", clock.failures, Sequence)
+    for failure in clock.failures:
+        check_type(call, "a failure", failure, Failure)
+        check_int(call, "the learner", failure.learner, 0, clock.learners - 1)
+        for name in ("time", "detection"):
+            check_number(call, name, getattr(failure, name), at_least=0)
+        if failure.recovery != math.inf:
+            check_number(call, "recovery", failure.recovery, at_least=0)
+
+
 def _per_learner(name: str, value: float | Sequence[float], count: int) -> list[float]:
-    """Returns one positive number for each learner."""
+    """Returns one number for each learner: a positive speed or any time of start."""
     values = list(value) if isinstance(value, Sequence) else [value] * count
     if len(values) != count:
         raise ValueError(
             f"simulate(clock): {name} must be a number or {count} numbers, got "
             f"{len(values)}"
         )
-    call = "simulate(clock)"
-    return [float(check_number(call, name, number, above=0)) for number in values]
-
-
-def _per_start(clock: Clock) -> list[float]:
-    """Returns the time at which each learner joins."""
-    start, count = clock.start, clock.learners
-    return list(start) if isinstance(start, Sequence) else [start] * count
+    call, above = "simulate(clock)", 0 if name == "speed" else None
+    return [float(check_number(call, name, number, above=above)) for number in values]

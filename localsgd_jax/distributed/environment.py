@@ -63,7 +63,7 @@ def resolve_process(
     """
     arguments = (coordinator_address, num_processes, process_id)
     if coordinator_address is None or num_processes is None or process_id is None:
-        if arguments != (None, None, None):
+        if any(argument is not None for argument in arguments):
             raise ValueError(
                 "initialize(coordinator_address, num_processes, process_id): pass all "
                 f"three or none, got {arguments}"

@@ -56,6 +56,14 @@ def shard_batch(
     )
 
 
+def check_spec_types(call: str, batch_spec: PyTree) -> None:
+    """Raises a TypeError unless each leaf is a `PartitionSpec` or None."""
+    for spec in jax.tree.leaves(batch_spec):
+        if not isinstance(spec, P):
+            text = "it must be a PartitionSpec or a pytree of them"
+            raise TypeError(f"{call}: {text}, got {validation.describe(spec)}")
+
+
 def check_batch_spec(layout: Layout, batch_spec: PyTree) -> PyTree:
     """Returns the `batch_spec` of `on_mesh` for `shard_batch`.
 
@@ -72,14 +80,11 @@ def check_batch_spec(layout: Layout, batch_spec: PyTree) -> PyTree:
       ValueError: if a spec names an axis that is not inside a worker, or one twice.
     """
 
-    def check(spec: Any) -> P | str:
+    check_spec_types("on_mesh(batch_spec)", batch_spec)
+
+    def check(spec: P | None) -> P | str:
         if spec is None:
             return _DEFAULT
-        if not isinstance(spec, P):
-            raise TypeError(
-                "on_mesh(batch_spec): must be a PartitionSpec or a pytree of them, got "
-                f"{spec!r}"
-            )
         names = [name for entry in spec for name in axis_names(entry)]
         inner = tuple(layout.inner_axes)
         if not set(names) <= set(inner) or len(set(names)) < len(names):

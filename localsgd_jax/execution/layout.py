@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from localsgd_jax.core import validation
 from localsgd_jax.core.pytrees import is_key
 from localsgd_jax.core.types import PyTree, State, VmapAxis
 from localsgd_jax.distributed import arrays
@@ -243,3 +244,25 @@ def spec_divides(spec: P, shape: Sequence[int], sizes: Mapping[str, int]) -> boo
     if len(parts) > len(shape):
         return False
     return all(n % k == 0 for n, k in zip(shape, parts, strict=False))
+
+
+def check_mesh_axes(
+    call: str, mesh: Mesh, axis: str | Sequence[str]
+) -> tuple[str, ...]:
+    """Returns the names of worker axes; raises unless a mesh has them.
+
+    Args:
+      call: name of the public call.
+      mesh: the mesh.
+      axis: name of the worker axis, or names.
+
+    Raises:
+      TypeError: if an argument has the wrong type.
+      ValueError: if there are no names, or the mesh lacks one.
+    """
+    names = validation.check_names(f"{call}(axis)", "axis", axis)
+    validation.check_type(f"{call}(mesh)", "mesh", mesh, Mesh)
+    for name in names:
+        text = f"it must be one of the axes {mesh.axis_names} of the mesh"
+        validation.check(name in mesh.shape, f"{call}(axis)", text, repr(name))
+    return names

@@ -27,7 +27,7 @@ from localsgd_jax.core.types import (
 from localsgd_jax.distributed import arrays, coordination
 from localsgd_jax.execution.ambient_mesh import explain_automatic_axes, in_mesh
 from localsgd_jax.execution.batches import check_batch_spec, shard_batch
-from localsgd_jax.execution.layout import Layout, as_tuple
+from localsgd_jax.execution.layout import Layout, as_tuple, check_mesh_axes
 from localsgd_jax.execution.local_step import forbid_collectives
 from localsgd_jax.execution.partition_metadata import shard_params
 from localsgd_jax.execution.replication import init_state
@@ -129,14 +129,7 @@ def on_mesh(
       >>> mesh = jax.make_mesh((jax.device_count(),), ("worker",))
       >>> cluster = lsgd.on_mesh(algorithm, mesh, workers=2 * jax.device_count())
     """
-    names = validation.check_names("on_mesh(axis)", "axis", axis)
-    validation.check_type("on_mesh(mesh)", "mesh", mesh, Mesh)
-    for name in names:
-        if name not in mesh.shape:
-            raise ValueError(
-                f"on_mesh(mesh, axis={axis!r}): the mesh has the axes "
-                f"{mesh.axis_names}, but no axis {name!r}"
-            )
+    names = check_mesh_axes("on_mesh", mesh, axis)
     _check_algorithm("on_mesh", algorithm, worker_map)
     positions = math.prod(mesh.shape[name] for name in names)
     workers = positions if workers is None else workers

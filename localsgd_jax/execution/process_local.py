@@ -17,13 +17,13 @@ from localsgd_jax.core.types import Algorithm, Cluster, PyTree, State
 from localsgd_jax.core.validation import (
     check_choice,
     check_int,
-    check_names,
     check_state,
     check_type,
 )
 from localsgd_jax.distributed.meshes import submesh
 from localsgd_jax.execution.ambient_mesh import without_mesh
-from localsgd_jax.execution.layout import Layout
+from localsgd_jax.execution.batches import check_spec_types
+from localsgd_jax.execution.layout import Layout, check_mesh_axes
 from localsgd_jax.execution.partition_metadata import shard_params
 from localsgd_jax.execution.placement import on_mesh, simulate
 from localsgd_jax.execution.process_programs import (
@@ -133,9 +133,9 @@ def on_processes(
       >>> state.workers.params
       Array([2., 2.], dtype=float32)
     """
-    axes = check_names("on_processes(axis)", "axis", axis)
+    axes = check_mesh_axes("on_processes", mesh, axis)
     check_type("on_processes(algorithm)", "algorithm", algorithm, Algorithm)
-    check_type("on_processes(mesh)", "mesh", mesh, Mesh)
+    check_spec_types("on_processes(batch_spec)", batch_spec)
     if workers is not None:
         workers = check_int("on_processes(workers)", "workers", workers, 1)
     choices = ("vmap", "map")

@@ -59,18 +59,30 @@ def load(data: str) -> Dataset:
       ValueError: if the file is invalid or too large.
       OSError: if the file does not exist or cannot be read or downloaded.
     """
+    check_exists(data)
     path = fetch(data) if data in REGISTRY else Path(data)
-    if not path.exists():
-        raise FileNotFoundError(
-            f"no file {data!r} and no registered dataset of that name; registered: "
-            + ", ".join(REGISTRY)
-        )
     features, labels = read_libsvm(path)
     dataset = Dataset(
         path.stem, features, to_binary_labels(path, labels), pooch.file_hash(str(path))
     )
     _check_size(path, dataset)
     return dataset
+
+
+def check_exists(data: str) -> None:
+    """Raises unless there is a registered dataset or a file.
+
+    Args:
+      data: as for `load`.
+
+    Raises:
+      FileNotFoundError: if there is neither.
+    """
+    if data not in REGISTRY and not (data and Path(data).exists()):
+        raise FileNotFoundError(
+            f"no file {data!r} and no registered dataset of that name; registered: "
+            + ", ".join(REGISTRY)
+        )
 
 
 def fetch(name: str) -> Path:

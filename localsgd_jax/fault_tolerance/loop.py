@@ -130,6 +130,10 @@ def train(
     check_type("train(cluster)", "cluster", cluster, ProcessCluster)
     check_state("train(state)", state)
     check_type("train(batches)", "batches", batches, Iterable)
+    check_type("train(overlap)", "overlap", overlap, bool)
+    check_type("train(progress)", "progress", progress, bool, type(None))
+    weight_types = str, MetricWeights, type(None)
+    check_type("train(weights)", "weights", weights, *weight_types)
     callbacks = Callbacks(
         evaluate, evaluate_every, eval_fields, on_round_end, save, save_every
     )
@@ -200,6 +204,7 @@ def _make_run(
     context = RunContext(
         membership.processes, is_primary, int(state.step), int(state.round)
     )
+    rows = cluster.local.num_workers
     local_batches = (_local_rows(cluster, batch) for batch in batches)
     schedule = limits.schedule
     is_adaptive = isinstance(schedule, AdaptiveSchedule)
@@ -209,7 +214,7 @@ def _make_run(
         context=context,
         limits=limits,
         callbacks=callbacks,
-        prefetcher=Prefetcher(local_batches, cluster.local.shard_batch),
+        prefetcher=Prefetcher(local_batches, cluster.local.shard_batch, (rows, rows)),
         history=HistoryRecorder(
             context,
             ByteCounter(cluster.bytes_sent, state),

@@ -6,10 +6,12 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from localsgd_jax.core.algorithm import Rules, from_train_step
 from localsgd_jax.core.prng_keys import forbid_raw_keys
 from localsgd_jax.core.types import Algorithm, PyTree, SyncRule
+from localsgd_jax.core.validation import check_int, check_rules, check_type, describe
 from localsgd_jax.flax.default_rules import add_default_rules
 from localsgd_jax.flax.nnx_metrics import NnxMetrics, metric_kinds
 
@@ -95,8 +97,11 @@ def from_nnx(
       >>> update_nnx(lsgd.consensus(cluster.sync(state), None), model, optimizer)
     """
     nnx = _import_nnx("from_nnx")
-    _check_arguments(train_step, objects, batch_argnum)
+    _check_objects(nnx, "from_nnx", objects)
+    _check_step(train_step, objects, batch_argnum)
+    check_rules("from_nnx(rule)", rule)
     wrt = _update_filter(nnx, objects) if wrt is None else wrt
+    _check_filter(nnx, wrt)
     index = len(objects) if batch_argnum is None else batch_argnum
     graph, variables = _variables(nnx, objects, wrt)
     start, positions = _to_train_state(nnx, objects, variables)
@@ -123,6 +128,7 @@ def update_nnx(state: NnxTrainState, *objects: Any) -> None:
 
     Raises:
       ImportError: if Flax is not installed.
+      TypeError: if an argument has the wrong type.
       ValueError: if the objects have another structure.
 
     Example:
@@ -137,6 +143,8 @@ def update_nnx(state: NnxTrainState, *objects: Any) -> None:
       >>> update_nnx(start, model, optimizer)
     """
     nnx = _import_nnx("update_nnx")
+    check_type("update_nnx(state)", "state", state, NnxTrainState)
+    _check_objects(nnx, "update_nnx", objects)
     current = nnx.to_pure_dict(nnx.state(objects))
     for name, field in zip(state._fields, state, strict=True):
         value = field.values if isinstance(field, NnxMetrics) else field
@@ -236,34 +244,43 @@ def _update_filter(nnx: ModuleType, objects: tuple) -> Any:
     return nnx.Any(*filters) if filters else nnx.Param
 
 
-def _check_arguments(
-    train_step: Callable, objects: tuple, batch_argnum: int | None
-) -> None:
-    """Raises a TypeError unless the step takes the objects and a batch."""
-    if not callable(train_step):
-        raise TypeError(
-            f"from_nnx(train_step): train_step must be callable, got {train_step!r}"
-        )
+def _check_objects(nnx: ModuleType, call: str, objects: tuple) -> None:
+    """Raises a TypeError unless there are objects, and each has variables."""
+    call = f"{call}(*objects)"
     if not objects:
-        raise TypeError("from_nnx(*objects): at least one NNX object is needed, got ()")
+        raise TypeError(f"{call}: at least one NNX object is needed, got ()")
     for x in objects:
         if isinstance(x, SyncRule):
             raise TypeError(
-                f"from_nnx(*objects): a rule is passed as rule={x!r}, got a positional "
-                "argument"
+                f"{call}: a rule is passed as rule={x!r}, got a positional argument"
             )
-    if batch_argnum is not None and not 0 <= batch_argnum <= len(objects):
-        raise ValueError(
-            f"from_nnx(batch_argnum): a position from 0 to {len(objects)} is needed, "
-            f"got {batch_argnum}"
-        )
+        has_variables = isinstance(x, nnx.Module) or jax.tree.leaves(nnx.state([x]))
+        if isinstance(x, np.ndarray | jax.Array) or not has_variables:
+            text = "each of the objects must be an NNX object"
+            raise TypeError(f"{call}: {text}, got {describe(x)}")
+
+
+def _check_step(train_step: Callable, objects: tuple, batch_argnum: int | None) -> None:
+    """Raises a TypeError unless the step takes the objects and a batch."""
+    check_type("from_nnx(train_step)", "train_step", train_step, Callable)
+    if batch_argnum is not None:
+        check_int("from_nnx(batch_argnum)", "it", batch_argnum, 0, len(objects))
     try:
         inspect.signature(train_step).bind(*objects, None)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise TypeError(
             f"from_nnx(train_step, *objects): train_step must take {len(objects)} "
             f"objects and a batch, got the error: {error}"
         ) from None
+
+
+def _check_filter(nnx: ModuleType, wrt: Any) -> None:
+    """Raises a TypeError unless the argument is a filter of variables."""
+    try:
+        nnx.filterlib.to_predicate(wrt)
+    except (TypeError, ValueError):
+        text = "wrt must be a filter of variables, such as nnx.Param"
+        raise TypeError(f"from_nnx(wrt): {text}, got {describe(wrt)}") from None
 
 
 def _import_nnx(call: str) -> ModuleType:

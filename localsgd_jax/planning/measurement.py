@@ -16,6 +16,7 @@ from localsgd_jax.core.validation import (
     check_state,
     check_type,
     check_worker_axis,
+    describe,
 )
 from localsgd_jax.execution.rounds import fused
 from localsgd_jax.planning import cost_model
@@ -69,14 +70,7 @@ def measure(
       ValueError: if the mesh has no such axis or the axis has size 1, or if measured
         times do not increase with the size of the all-reduce.
     """
-    check_type("measure(mesh)", "mesh", mesh, Mesh)
-    check_type("measure(axis)", "axis", axis, str)
-    positions = mesh.shape.get(axis, 1)
-    if positions < 2:
-        raise ValueError(
-            f"plan: an axis {axis!r} of size at least 2 is needed, got the mesh "
-            f"{dict(mesh.shape)}"
-        )
+    positions = _check_axis("measure", mesh, axis)
     _check_run("measure", cluster, state, batch, repeats)
     params = jax.tree.leaves(train_state.get_fields(state.workers, ["params"]))
     parameters = sum(leaf.size // cluster.num_workers for leaf in params)
@@ -144,12 +138,28 @@ def round_seconds(
     return max(step, 1e-9), max(rest, 0.0)
 
 
+def _check_axis(call: str, mesh: Mesh, axis: str) -> int:
+    """Returns the size of a mesh axis; raises unless it is at least 2."""
+    check_type(f"{call}(mesh)", "mesh", mesh, Mesh)
+    check_type(f"{call}(axis)", "axis", axis, str)
+    size = mesh.shape.get(axis, 1)
+    if size < 2:
+        raise ValueError(
+            f"{call}(axis): an axis {axis!r} of size at least 2 is needed, got the "
+            f"mesh {dict(mesh.shape)}"
+        )
+    return size
+
+
 def _check_run(
     call: str, cluster: Cluster, state: State, batch: PyTree, repeats: int
 ) -> None:
     """Raises unless the arguments are a cluster, its state and batch, and a count."""
     check_type(f"{call}(cluster)", "cluster", cluster, Cluster)
     check_state(f"{call}(state)", state)
+    if not jax.tree.leaves(batch):
+        text = "batch must have at least one leaf"
+        raise ValueError(f"{call}(batch): {text}, got {describe(batch)}")
     check_worker_axis(f"{call}(batch)", batch, cluster.num_workers)
     check_int(f"{call}(repeats)", "repeats", repeats, 1)
 
@@ -181,6 +191,9 @@ def all_reduce_seconds(
     Many all-reduces run in one dispatch. The difference between dispatches of 2n and
     of n all-reduces excludes the time of the dispatch.
     """
+    _check_axis("all_reduce_seconds", mesh, axis)
+    check_int("all_reduce_seconds(size)", "size", size, 1)
+    check_int("all_reduce_seconds(repeats)", "repeats", repeats, 1)
     program, operand = _all_reduces(mesh, axis, size)
     time_all_reduces = _timed_loop(program, operand, (), 1)
     count = _autorange(lambda n: time_all_reduces(1, n))

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +15,9 @@ from localsgd_jax.core.types import PyTree, SyncRule
 from localsgd_jax.core.validation import (
     check,
     check_choice,
+    check_dtype,
     check_int,
     check_number,
-    describe,
 )
 from localsgd_jax.rules.codecs import (
     BITS,
@@ -112,9 +111,8 @@ def quantize(
     block = check_int("quantize(block)", "block", block, 8)
     seed = check_int("quantize(seed)", "seed", seed, 0)
     check(block % 8 == 0, "quantize(block)", "block must be a multiple of 8", block)
-    known = encoding == "integer" or (encoding == "e3m0" and bits == 4)
-    text = 'encoding must be "integer", or "e3m0" with bits=4'
-    check(known, "quantize(encoding)", text, repr(encoding))
+    choices = ("integer", "e3m0") if bits == 4 else ("integer",)
+    check_choice("quantize(encoding)", "encoding", encoding, choices)
     is_float, stochastic = encoding == "e3m0", rounding == "stochastic"
     codec = (
         float4_codec(block, stochastic)
@@ -161,7 +159,7 @@ def cast(rule: SyncRule, dtype: jax.typing.DTypeLike = jnp.bfloat16) -> SyncRule
       Jaghouar, Ong, Hagemann, OpenDiLoCo, 2024, section 3.3: float16 pseudo-gradients.
       arXiv:2407.07852
     """
-    short = _as_dtype(dtype)
+    short = check_dtype("cast(dtype)", "dtype", dtype)
     valid = jnp.issubdtype(short, jnp.floating) and short.itemsize <= 2
     text = "dtype must be a floating point type of one or two bytes"
     check(valid, "cast(dtype)", text, short.name)
@@ -307,17 +305,6 @@ def _largest(vector: jax.Array, count: int) -> jax.Array:
     positions = columns + length * jnp.arange(len(rows), dtype=columns.dtype)[:, None]
     _, chosen = jax.lax.top_k(values.reshape(-1), count)
     return positions.reshape(-1)[chosen]
-
-
-def _as_dtype(dtype: Any) -> jnp.dtype:
-    """Returns a dtype; raises a TypeError for anything else, also for None."""
-    try:
-        if dtype is None:
-            raise TypeError
-        return jnp.dtype(dtype)
-    except (TypeError, ValueError):
-        text = f"dtype must be a dtype, got {describe(dtype)}"
-        raise TypeError(f"cast(dtype): {text}") from None
 
 
 def _encoded_mean(

@@ -21,6 +21,7 @@ from localsgd_jax.core.types import (
     SyncRule,
 )
 from localsgd_jax.core.validation import check_rule
+from localsgd_jax.rules.common_result import check_common_result
 
 MOMENTUM_FIELDS = ("trace", "mu")  # names in the optax states of SGD and Adam
 
@@ -50,6 +51,7 @@ def with_diagnostics(rule: SyncRule) -> SyncRule:
     Raises:
       TypeError: if `rule` is not a rule; at `init`, for a leaf that is not floating
         point or complex.
+      ValueError: when traced, if workers are not equal after each round of the rule.
 
     Example:
       >>> import localsgd_jax as lsgd
@@ -74,12 +76,14 @@ def with_diagnostics(rule: SyncRule) -> SyncRule:
         tree: PyTree, state: RuleState, context: SyncContext
     ) -> tuple[PyTree, RuleState]:
         anchor, metrics, rule_shared = state.shared
+        rule_state, call = RuleState(rule_shared, state.local), "with_diagnostics(rule)"
+        check_common_result(call, rule, tree, rule_state, context)
         any_active, active_context = collectives.any_participants(context)
         scalars = _compute_diagnostics(
             anchor, tree, _find_momentum(rule_shared), active_context
         )
         metrics = where(any_active, RuleMetrics(scalars), metrics)
-        tree, inner = rule.apply(tree, RuleState(rule_shared, state.local), context)
+        tree, inner = rule.apply(tree, rule_state, context)
         anchor = where(any_active, collectives.assume_replicated(tree), anchor)
         return tree, RuleState((anchor, metrics, inner.shared), inner.local)
 

@@ -12,6 +12,7 @@ from localsgd_jax.core.metrics import rule_metrics
 from localsgd_jax.core.types import Cluster, PyTree, State
 from localsgd_jax.data.prefetch import SynchronizedPrefetcher
 from localsgd_jax.execution.ambient_mesh import in_mesh_of_state
+from localsgd_jax.execution.local_workers import local_workers
 from localsgd_jax.training.byte_counter import ByteCounter
 from localsgd_jax.training.callbacks import Callbacks
 from localsgd_jax.training.consistency import assert_equal_runs
@@ -121,7 +122,7 @@ def train(
       >>> history["step"], history["bytes"]
       (array([2, 4, 5]), array([ 4,  8, 12]))
     """
-    _check_inputs(cluster, state, batches)
+    _check_inputs(cluster, state, batches, progress)
     schedule = train_schedule(schedule)
     callbacks = Callbacks(
         evaluate, evaluate_every, eval_fields, on_round_end, save, save_every
@@ -131,12 +132,7 @@ def train(
     context, examples = context_of(state), 0
     dispatcher = dispatcher_of(cluster, round_weights, state)
     history = HistoryRecorder(context, ByteCounter(cluster.bytes_sent, state))
-    prefetcher = SynchronizedPrefetcher(
-        islice(batches, steps),
-        cluster.shard_batch,
-        max_steps_per_dispatch,
-        context.processes,
-    )
+    prefetcher = _make_prefetcher(cluster, batches, settings, context.processes)
     assert_equal_runs(cluster, state, context, prefetcher, callbacks, settings)
     in_flight = ResultQueue(context.is_multi_process)
     with progress_bar(context.is_primary and progress, steps, batches) as bar:
@@ -167,11 +163,30 @@ def train(
     return state, history.columns()
 
 
-def _check_inputs(cluster: Cluster, state: State, batches: Iterable[PyTree]) -> None:
+def _check_inputs(
+    cluster: Cluster, state: State, batches: Iterable[PyTree], progress: bool | None
+) -> None:
     """Raises unless the arguments are a cluster, a live state and an iterable."""
     validation.check_type("train(cluster)", "cluster", cluster, Cluster)
     validation.check_state("train(state)", state)
     validation.check_type("train(batches)", "batches", batches, Iterable)
+    validation.check_type("train(progress)", "progress", progress, bool, type(None))
+
+
+def _make_prefetcher(
+    cluster: Cluster,
+    batches: Iterable[PyTree],
+    settings: RunSettings,
+    processes: Sequence[int],
+) -> SynchronizedPrefetcher:
+    """Returns the source of the batches of a run."""
+    return SynchronizedPrefetcher(
+        islice(batches, settings.steps),
+        cluster.shard_batch,
+        settings.max_steps_per_dispatch,
+        processes,
+        (cluster.num_workers, len(local_workers(cluster))),
+    )
 
 
 def _num_examples(batches: PyTree) -> int:

@@ -110,7 +110,7 @@ class RoundWeights:
         self.metric_weights = weights if is_metric else None
         self._function = weights if callable(weights) and not is_metric else None
         constant: Any = None if is_metric or callable(weights) else weights
-        self._constant = check_weights(constant, workers)
+        self._constant = check_weights(constant, workers, "train(weights)")
         self._workers = workers
 
     @property
@@ -175,7 +175,7 @@ class RoundWeights:
         weights: Any = self._function(number)
         text = f"it must return the weights of round {number}"
         check(weights is not None, "train(weights)", text, weights)
-        return np.asarray(check_weights(weights, self._workers))
+        return np.asarray(check_weights(weights, self._workers, "train(weights)"))
 
 
 def _find_metric(metrics: Mapping[str, jax.Array], weights: MetricWeights) -> jax.Array:

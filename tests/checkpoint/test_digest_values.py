@@ -24,3 +24,8 @@ def test_positions_have_different_keys():
 def test_reason_of_damage_is_short():
     assert first_line(ValueError("first\nsecond")) == "ValueError: first"
     assert len(first_line(ValueError("x" * 300))) == 200
+
+
+def test_digests_of_complex_arrays_stay_the_same():
+    rows = jnp.arange(6, dtype=jnp.float32).reshape(1, 2, 3)
+    assert leaf_digests([rows + 1j * rows**2], [True]) == [["cf8f6d6742ab97cf"]]

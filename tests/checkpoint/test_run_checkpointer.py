@@ -19,7 +19,7 @@ from harness.checkpoint_run import (
 from harness.selection import in_full
 
 import localsgd_jax as lsgd
-from localsgd_jax.checkpoint import CheckpointError, RunCheckpointer
+from localsgd_jax.checkpoint import CheckpointError, RunCheckpointer, run_checkpointer
 
 
 def run_with_checkpoints(
@@ -190,3 +190,12 @@ def test_save_before_the_latest_step_raises(tmp_path):
 def test_invalid_arguments_raise(tmp_path, arguments, error, message):
     with pytest.raises(error, match=message):
         RunCheckpointer(tmp_path, lsgd.simulate(make_algorithm(), 2), **arguments)
+
+
+def test_processes_share_a_checkpoint_by_default(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        run_checkpointer, "CheckpointStorage", lambda *options: calls.append(options)
+    )
+    RunCheckpointer(tmp_path, lsgd.simulate(make_algorithm(), K))
+    assert calls == [(tmp_path, 3, False, False)]

@@ -37,11 +37,14 @@ def run(rule=None, schedule=2, **options):
 
 
 @pytest.mark.parametrize("inner", WITHOUT_CONSENSUS)
-@pytest.mark.parametrize("outside", ["ema", "drop_outliers", "outer"])
+@pytest.mark.parametrize(
+    "outside", ["ema", "drop_outliers", "outer", "with_diagnostics"]
+)
 def test_rules_without_consensus_raise(outside, inner):
     make = {
         "ema": lsgd.ema,
         "drop_outliers": lsgd.drop_outliers,
+        "with_diagnostics": lsgd.with_diagnostics,
         "outer": lambda rule: lsgd.outer(optax.sgd(1.0), rule),
     }[outside]
     made = lsgd.local_sgd(

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import localsgd_jax as lsgd
+from localsgd_jax.execution.layout import Layout
 
 WIDTH = 64
 
@@ -130,8 +131,10 @@ def test_train_keeps_the_layout_of_placed_batches():
     made = cluster(P())
 
     def shard_batch(batch, time=False):
-        seen.append(made.shard_batch(batch, time).sharding.spec)
-        return made.shard_batch(batch, time)
+        placed = made.shard_batch(batch, time)
+        if time:
+            seen.append(placed.sharding.spec)
+        return placed
 
     devices = mesh(worker=2, fsdp=4)
     batch = jax.device_put(
@@ -207,3 +210,9 @@ def test_batch_that_does_not_divide_raises(spec, shape):
         cluster(spec).shard_batch({"x": examples(*shape)})
     assert f"got shape {shape[1:]} at ['x']" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_batches_are_split_over_workers_after_the_time_axis():
+    layout = Layout.on_mesh(mesh(worker=4, fsdp=2), ("worker",), 1)
+    assert layout.batch_sharding().spec == P(("worker",))
+    assert layout.batch_sharding(time=True).spec == P(None, ("worker",))

@@ -130,7 +130,7 @@ def test_shard_batch_shards_the_worker_axis():
         ),
         (
             lambda: lsgd.on_mesh(AVERAGE, mesh(x=4)),
-            r"axis='worker'\): the mesh has the axes \('x',\), but no axis 'worker'",
+            r"axis\): it must be one of the axes \('x',\) of the mesh, got 'worker'",
         ),
     ],
 )

@@ -54,7 +54,7 @@ class LaunchedJob:
         self.launcher = subprocess.Popen(
             [*command, *options, "--", sys.executable, program, json.dumps(settings)],
             cwd=PROGRAMS,
-            env=os.environ | {"PYTHONPATH": PYTHONPATH},
+            env=os.environ | {"PYTHONPATH": PYTHONPATH, "PYTHONFAULTHANDLER": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -123,9 +123,16 @@ class LaunchedJob:
         self._reader.join(10)
         return code
 
-    def tail(self):
+    def tail(self, count=30):
         """Returns the last lines, for messages."""
-        return "\n".join(line[:300] for line in self.lines[-30:])
+        return "\n".join(line[:300] for line in self.lines[-count:])
+
+    def print_stacks(self):
+        """Ends a job that hangs; each process that runs prints its stacks."""
+        for pid in (*self.pids().values(), self.launcher.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGABRT)  # A stopped process stays stopped.
+            time.sleep(1)
 
     def __enter__(self):
         """Returns the job."""

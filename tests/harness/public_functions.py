@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from harness import adapter_functions
 from harness.bad_arguments import FAMILY, TEXTS, numbers_in
 
 import localsgd_jax as lsgd
@@ -15,9 +16,11 @@ from localsgd_jax import (
     asynchronous,
     checkpoint,
     data,
+    decoupled,
     distributed,
     execution,
     fault_tolerance,
+    flax,
     rules,
     schedules,
     theory,
@@ -30,9 +33,11 @@ MODULES = {
     "asynchronous": asynchronous,
     "checkpoint": checkpoint,
     "data": data,
+    "decoupled": decoupled,
     "distributed": distributed,
     "execution": execution,
     "fault_tolerance": fault_tolerance,
+    "flax": flax,
     "rules": rules,
     "schedules": schedules,
     "theory": theory,
@@ -41,6 +46,7 @@ PLANNING = (
     *("all_reduce_time", "exposed_communication_fraction"),
     *("exposed_communication_seconds", "fit_link", "recommend_period"),
     *("period_for_communication_fraction", "round_time", "speedup"),
+    *("measure", "round_seconds", "all_reduce_seconds"),
 )
 
 TRUTHS = ("true",)
@@ -92,6 +98,11 @@ def rule_only(**more):
     return {"rule": RULE} | more
 
 
+ON_MESH = {
+    **{"algorithm": ALGORITHM, "mesh": mesh, "workers": 2, "worker_map": "vmap"},
+    **{"axis": "worker", "batch_spec": None},
+}
+ON_MESH_ACCEPTS = {"workers": NONE, "batch_spec": NONE}
 TRAIN = {
     "cluster": cluster,
     "state": state,
@@ -105,6 +116,8 @@ TRAIN = {
     "save_every": 10,
     "steps": 0,
     "max_steps_per_dispatch": 4,
+    "weights": None,
+    "progress": None,
 }
 # Functions and None are valid; a batch may be anything that is iterated.
 TRAIN_ACCEPTS = {
@@ -114,6 +127,8 @@ TRAIN_ACCEPTS = {
     "on_round_end": (*NONE, *FUNCTION),
     "save": (*NONE, *FUNCTION),
     "steps": NONE,
+    "weights": (*NONE, *FUNCTION, *TEXTS, "array"),
+    "progress": (*NONE, *TRUTHS),
     "batches": ("list", "dict", "array", "array of text", *TEXTS, "bytes"),
 }
 TRAIN_ACCEPTS["batches"] = ("list", "dict", "array", "array of text")
@@ -126,9 +141,12 @@ FAULT_TRAIN = {
     "min_processes": 1,
     "sync_timeout": 1.0,
     "straggler_timeout": 1.0,
+    "overlap": False,
 }
 
 SECONDS = {
+    "overlap": TRUTHS,
+    "weights": (*NONE, *TEXTS),
     "round_deadline": (*NONE, *POSITIVE),
     "sync_timeout": POSITIVE,
     "straggler_timeout": POSITIVE,
@@ -181,8 +199,11 @@ TABLE = {
         {"value": ("half", "large float", "nan", "inf", "minus inf")},
     ),
     "asynchronous.aligned_nesterov": (
-        {"learning_rate": 0.7, "momentum": 0.9},
-        {"learning_rate": POSITIVE, "momentum": BELOW_ONE},
+        {"learning_rate": 0.7, "momentum": 0.9, "weighting": None, "align": None},
+        {
+            **{"learning_rate": POSITIVE, "momentum": BELOW_ONE},
+            **{"weighting": (*NONE, *FUNCTION), "align": (*NONE, *FUNCTION)},
+        },
     ),
     "asynchronous.cosine_gated_weighting": (
         {"cutoff": 4.0, "decay": 0.1},
@@ -239,7 +260,7 @@ TABLE = {
     ),
     "overlap": (rule_only(), {}),
     "quantize": (
-        rule_only(bits=4, rounding="nearest", block=256, seed=0),
+        rule_only(bits=4, rounding="nearest", block=256, seed=0, encoding="integer"),
         {},
     ),
     "scaled_sign": (rule_only(), {}),
@@ -282,14 +303,8 @@ TABLE = {
         {"algorithm": ALGORITHM, "workers": 2, "axis": "worker", "worker_map": "vmap"},
         {"axis": NAME},
     ),
-    "on_mesh": (
-        {"algorithm": ALGORITHM, "mesh": mesh, "workers": 2, "worker_map": "vmap"},
-        {"workers": NONE},
-    ),
-    "execution.on_processes": (
-        {"algorithm": ALGORITHM, "mesh": mesh, "workers": 2, "worker_map": "vmap"},
-        {"workers": NONE},
-    ),
+    "on_mesh": (ON_MESH, ON_MESH_ACCEPTS),
+    "execution.on_processes": (ON_MESH, ON_MESH_ACCEPTS),
     "consensus": ({"state": state, "field": "params"}, {"field": (*NONE, *NAME)}),
     "local_workers": ({"cluster": cluster}, {}),
     "fused": ({"cluster": cluster}, {}),
@@ -298,8 +313,11 @@ TABLE = {
     "fault_tolerance.train": (FAULT_TRAIN, TRAIN_ACCEPTS | SECONDS),
     # Data.
     "shuffled_batches": (
-        {"data": np.arange(6), "workers": 2, "batch": 1, "seed": 0, "examples_seen": 0},
-        {"data": ("array",)},
+        {
+            **{"data": np.arange(6), "workers": 2, "batch": 1, "seed": 0},
+            **{"examples_seen": 0, "local_workers": None},
+        },
+        {"data": ("array",), "local_workers": NONE},
     ),
     "partitioned_batches": (
         {
@@ -308,8 +326,9 @@ TABLE = {
             "batch": 1,
             "seed": 0,
             "examples_seen": 0,
+            "local_workers": None,
         },
-        {"data": ("array",)},
+        {"data": ("array",), "local_workers": NONE},
     ),
     "dirichlet_partition": (
         {"labels": np.arange(8) % 2, "workers": 1, "alpha": 1.0, "seed": 0},
@@ -476,12 +495,18 @@ TABLE = {
         {},
     ),
     "asynchronous.simulate": (
-        {"algorithm": ALGORITHM, "events": events, "field": "params"},
-        {"field": TEXTS},
+        {
+            **{"algorithm": ALGORITHM, "events": events, "field": "params"},
+            "aggregation": None,
+        },
+        {"field": TEXTS, "aggregation": NONE},
     ),
     "asynchronous.on_threads": (
-        {"algorithm": ALGORITHM, "devices": None, "field": "params"},
-        {"field": TEXTS, "devices": NONE},
+        {
+            **{"algorithm": ALGORITHM, "devices": None, "field": "params"},
+            "aggregation": None,
+        },
+        {"field": TEXTS, "devices": NONE, "aggregation": NONE},
     ),
     # Analysis, checkpoints and processes.
     "analysis.filter_by_axis": (
@@ -498,8 +523,15 @@ TABLE = {
         {"text": TEXTS, "mesh": (*NONE, "dict")},
     ),
     "checkpoint.RunCheckpointer": (
-        {"directory": tempfile.gettempdir(), "cluster": cluster, "max_to_keep": 1},
-        {"directory": TEXTS},
+        {
+            **{"directory": tempfile.gettempdir(), "cluster": cluster},
+            **{"max_to_keep": 1, "seed": 0, "config": None},
+            **{"process_local": False, "read_only": True},
+        },
+        {
+            **{"directory": TEXTS, "config": (*NONE, "dict")},
+            **{"process_local": TRUTHS, "read_only": TRUTHS},
+        },
     ),
     "checkpoint.export_params": (
         {"directory": "unused", "tree": 1.0},
@@ -511,10 +543,19 @@ TABLE = {
         {"workers": NONE, "devices": NONE, "inner_axes": (*NONE, "dict"), "axis": NAME},
     ),
     "initialize": (
-        {"timeout": 1.0, "heartbeat_timeout_seconds": 1, "recoverable": False},
-        {"timeout": ("half",), "recoverable": TRUTHS},
+        {
+            **{"timeout": 1.0, "heartbeat_timeout_seconds": 1, "recoverable": False},
+            **{"coordinator_address": None, "num_processes": None, "process_id": None},
+            **{"coordinator_bind_address": None, "config": None},
+        },
+        {
+            **{"timeout": ("half",), "recoverable": TRUTHS},
+            # Without the others, an address or a number raises.
+            **{"coordinator_address": NONE, "num_processes": NONE, "process_id": NONE},
+            **{"coordinator_bind_address": (*NONE, *TEXTS), "config": (*NONE, "dict")},
+        },
     ),
-}
+} | adapter_functions.TABLE
 # Functions whose arguments are arbitrary, and those that other tests call.
 EXEMPT = {
     "assert_no_collectives": "arguments of the step; tests/analysis",
@@ -528,11 +569,54 @@ EXEMPT = {
     "asynchronous.mean_update": "no argument",
     "recompute_batch_stats": "arguments of the model; tests/rules",
     "execution.merge_late_sync": "jitted; trees of arrays",
+    "decoupled.full_precision": "no argument",
+}
+# Classes of results, and tuples that are checked where they are used.
+MADE_BY_CALLS = "made by calls of the library"
+EXEMPT_CLASSES = {
+    **dict.fromkeys(("AdaptiveSchedule", "Schedule"), "made by schedules"),
+    **dict.fromkeys(("Algorithm", "Cluster"), "checked by the calls that take them"),
+    **dict.fromkeys(("CorrectedWorkerState", "WorkerState"), "train states"),
+    **dict.fromkeys(("RuleState", "State", "SyncContext"), MADE_BY_CALLS),
+    "SyncRule": "checked by the calls that take rules; tests/core/test_algorithm.py",
+    **{
+        f"analysis.{name}": MADE_BY_CALLS
+        for name in ("Branch", "CollectiveOp", "Frame", "Loop")
+    },
+    **{
+        f"asynchronous.{name}": MADE_BY_CALLS
+        for name in (
+            *("AsyncCluster", "AsyncState", "DelayedNesterov", "EventKind"),
+            *("SnapshotState", "UpdateContext"),
+        )
+    },
+    "asynchronous.Aggregation": "checked by simulate and on_threads",
+    "asynchronous.EventTrace": "checked by simulate",
+    **{
+        f"decoupled.{name}": MADE_BY_CALLS
+        for name in (
+            *("Contribution", "Counts", "Join", "Leave", "Output", "Recomputed"),
+            *("Reply", "Request", "Syncer", "SyncerState", "Tick"),
+        )
+    },
+    "decoupled.Clock": "checked by simulate",
+    "decoupled.Failure": "checked by simulate",
+    "decoupled.MergePolicy": "checked by Job",
+    "execution.ProcessCluster": MADE_BY_CALLS,
+    "flax.NnxMetrics": MADE_BY_CALLS,
+    "flax.NnxTrainState": MADE_BY_CALLS,
+    "theory.AverageState": MADE_BY_CALLS,
+    "theory.BoundTerms": MADE_BY_CALLS,
+    "theory.RunningAverage": MADE_BY_CALLS,
+    "theory.Constants": "checked by the functions that take them",
+    "theory.RunParameters": "checked by the functions that take them",
 }
 
 
 def find(name):
     """Returns a function by the name of its row."""
+    if name in adapter_functions.WRAPPERS:
+        return adapter_functions.WRAPPERS[name]
     module, _, function = name.rpartition(".")
     if module == "planning":
         return getattr(cost_model, function, None) or getattr(measurement, function)
@@ -540,9 +624,10 @@ def find(name):
 
 
 def arguments(good):
-    """Returns valid arguments with the results of functions of this module."""
-    made = (cluster, state, mesh, process_cluster, events, *_lambdas())
-    return {k: v() if any(v is m for m in made) else v for k, v in good.items()}
+    """Returns valid arguments with the results of functions of these modules."""
+    makers = (cluster, state, mesh, process_cluster, events, *_lambdas())
+    makers = (*makers, *adapter_functions.MADE)
+    return {k: v() if any(v is m for m in makers) else v for k, v in good.items()}
 
 
 def _lambdas():

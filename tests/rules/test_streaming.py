@@ -163,3 +163,12 @@ def test_invalid_arguments_raise(call, message):
 def test_leaf_of_two_rows_is_split():
     groups = assign_fragments([np.zeros((2, 3), np.float32)], 2, split_axis=0)
     assert [(part.start, part.stop) for (part,) in groups] == [(0, 1), (1, 2)]
+
+
+def test_leaves_that_fit_or_lack_the_axis_are_not_split():
+    tree = [np.float32(0), np.zeros(4, np.float32), np.zeros((4, 4), np.float32)]
+    groups = assign_fragments(tree, 2, split_axis=1)
+    assert [[part.leaf for part in group] for group in groups] == [[0, 1, 2], [2]]
+    assert [part.axis for part in groups[0]] == [None, None, 1]
+    balanced = assign_fragments([np.zeros((2, 2), np.float32)] * 2, 2, split_axis=0)
+    assert [[part.axis for part in group] for group in balanced] == [[None], [None]]

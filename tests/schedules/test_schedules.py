@@ -123,3 +123,10 @@ def test_resolve_schedules():
         resolve_schedules(call, [1, 2, 3], 2)
     with pytest.raises(TypeError, match=r"a period or a schedule is needed, got 0.5"):
         resolve_schedules(call, 0.5, 2)
+
+
+@pytest.mark.parametrize("rate", [0.0, 1e-30])
+def test_qsr_limits_the_length_of_a_round(rate):
+    schedule = lsgd.qsr(lambda t: rate, 0.3, 4)
+    assert schedule(2**29) and not schedule(2**29 - 1)
+    assert schedule(2**30) and not schedule(2**30 - 1)

@@ -91,11 +91,13 @@ def run_job(seed, baseline_error):
         settings = SETTINGS | {"directory": directory, "overlap": record["overlap"]}
         program = "fault_tolerant_worker.py"
         with LaunchedJob(record["processes"], program, settings, *OPTIONS) as job:
-            faults = inject_faults(rng, job)
+            faults = []
             try:
+                inject_faults(rng, job, faults)
                 record["code"] = job.end(MAX_JOB_SECONDS)
-            except subprocess.TimeoutExpired:
-                record["violations"].append(f"hangs: {job.tail()}")
+            except (subprocess.TimeoutExpired, TimeoutError):
+                job.print_stacks()
+                record["violations"].append(f"hangs: {job.tail(200)}")
             record["seconds"] = round(time.monotonic() - job.start_time, 1)
             describe(record, job, faults, baseline_error)
         if not is_restorable(directory):
@@ -103,9 +105,8 @@ def run_job(seed, baseline_error):
     return record
 
 
-def inject_faults(rng, job):
-    """Sends signals until the job has ended or has received all; returns them."""
-    faults = []
+def inject_faults(rng, job, faults):
+    """Sends signals until the job has ended or has received all; appends them."""
     for i in range(MAX_FAULTS):
         if rng.random() > (START_UP_SHARE if i == 0 else 0.4):
             if not job.wait_for_row(len(job.rows())):
@@ -116,7 +117,6 @@ def inject_faults(rng, job):
         if job.launcher.poll() is not None:
             break
         faults += filter(None, [send_fault(rng, job)])
-    return faults
 
 
 def send_fault(rng, job):

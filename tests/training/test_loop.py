@@ -176,7 +176,7 @@ def test_state_is_donated():
         (
             {"batches": batches(2, workers=5)},
             ValueError,
-            r"8 workers, got shape \(2, 5",
+            r"train\(batches\): .* 8 workers, got shape \(5",
         ),
         ({"batches": [batches(1)[0], [1.0]]}, TypeError, "one structure"),
         ({"batches": [None]}, ValueError, "a batch must hold arrays, got None"),

@@ -93,6 +93,7 @@ def run(directory: Path, config: StragglerConfig, data: str) -> str:
     `data` is a name or path of `datasets.load`. Errors: as there, and as
     `ResumableTable`.
     """
+    datasets.check_exists(data)
     settings = {"data": data} | config._asdict()
     columns = StragglerCase._fields + RESULT_COLUMNS
     rows = results.run_table(

@@ -114,6 +114,7 @@ def run(directory: Path, config: W8aConfig, data: str, rhos: tuple[float, ...]) 
     `data` is a name or path of `datasets.load`. The communication costs ρ change no row
     of the table. Errors as `datasets.load` and `ResumableTable`.
     """
+    datasets.check_exists(data)
     settings = {"data": data, "grids": config.grids} | config.options._asdict()
     columns = Cell._fields + BestStepSize._fields
     table = ResumableTable(directory, NAME, settings, columns)

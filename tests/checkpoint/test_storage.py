@@ -59,6 +59,19 @@ def test_damaged_checkpoint_raises(tmp_path, damage):
         assert int(checkpointer.restore(cluster.init(initial_state()))[0].step) == 5
 
 
+def test_empty_directory_counts_as_a_damaged_checkpoint(tmp_path):
+    save_with_eight_workers(tmp_path)
+    (tmp_path / "12345").mkdir()
+    cluster = lsgd.simulate(make_algorithm(), K)
+    start = cluster.init(initial_state())
+    with RunCheckpointer(tmp_path, cluster) as checkpointer:
+        with pytest.raises(CheckpointError, match="checkpoint 5 before it is intact"):
+            checkpointer.restore(start)
+        with pytest.warns(UserWarning, match="12345"):
+            restored, _ = checkpointer.restore(start, fallback=True)
+    assert int(restored.step) == 5
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_repeated_kills_do_not_change_result(tmp_path):

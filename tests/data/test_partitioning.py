@@ -160,3 +160,12 @@ def test_worker_subset():
     message = r"partitioned_batches\(local_workers\): local_workers must be a non-empty"
     with pytest.raises(ValueError, match=message):
         lsgd.partitioned_batches(np.arange(12), shards, 2, local_workers=[3])
+
+
+@pytest.mark.parametrize("labels", [[0.0, np.nan, 1.0, 1.0], [0.3, 0.2, 1.0, 1.0]])
+@pytest.mark.parametrize("indices", [[0.5, 1.0], [True, False]])
+def test_labels_and_indices_of_wrong_type_raise(labels, indices):
+    with pytest.raises(TypeError, match=r"dirichlet_partition\(labels\): .* float64"):
+        lsgd.dirichlet_partition(np.array(labels), 2, 1.0)
+    with pytest.raises(TypeError, match=r"partitioned_batches\(shards\): .* ints"):
+        lsgd.partitioned_batches(np.arange(6), [np.array(indices)], 1)

@@ -110,6 +110,16 @@ def _try_mutant(mutant: RandomMutant, copy: pathlib.Path, exists: list[str]) -> 
     ) | row
 
 
+def _assert_passes_unchanged(test: str, copy: pathlib.Path, passed: set) -> None:
+    """Exits if a test that has detected a mutant fails without one, too."""
+    function = test.partition("[")[0]
+    if "::" not in function or function in passed:
+        return
+    if outcome(copy, [function])["outcome"] == "killed":
+        sys.exit(f"{function} fails without a mutant; --deselect it in PYTEST_ADDOPTS")
+    passed.add(function)
+
+
 def _versions() -> dict:
     """Returns the commit and the versions that determine the result."""
     command = ["git", "-C", str(ROOT), "rev-parse", "HEAD", "HEAD:localsgd_jax"]
@@ -134,6 +144,7 @@ def main() -> None:
     options.output.parent.mkdir(exist_ok=True)
     options.output.touch()
     rows, versions = map(json.loads, options.output.open()), _versions()
+    passed: set[str] = set()
     done = {row["name"] for row in rows if row["sources"] == versions["sources"]}
     sizes = dict.fromkeys(GROUPS, options.sample)
     mutants = sample(ROOT / "localsgd_jax", sizes, options.seed)
@@ -152,6 +163,7 @@ def main() -> None:
             if mutant.name in done:
                 continue
             row = _try_mutant(mutant, copy, exists) | versions
+            _assert_passes_unchanged(row["detected_by"] or "", copy, passed)
             with options.output.open("a") as file:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
             text = row["detected_by"] or ""

@@ -59,6 +59,19 @@ def test_shift_crosses_lanes_and_devices(lanes, offset):
     np.testing.assert_array_equal(synced[0], np.roll(x[0], offset, axis=0).astype("f4"))
 
 
+@pytest.mark.parametrize("workers", [2, 4])
+def test_one_peer_gives_the_mean_after_a_cycle(workers):
+    made = lsgd.from_train_step(
+        lambda s, b: ({"params": b}, {}), lsgd.gossip("one-peer")
+    )
+    cluster = lsgd.simulate(made, workers)
+    x = jnp.arange(workers, dtype=jnp.float32)
+    state, _ = cluster.step(cluster.init({"params": 0.0}), x)
+    for _ in range(workers // 2):
+        state = cluster.sync(state)
+    np.testing.assert_allclose(state.workers["params"], np.full(workers, x.mean()))
+
+
 def test_one_peer_reaches_consensus_and_ring_converges_at_the_spectral_gap():
     x = random_rounds(1, 8)[0]
 

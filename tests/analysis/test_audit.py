@@ -252,3 +252,10 @@ def test_arrays_on_a_compile_target_raise(family):
     skip_without_compiler(family)
     done = audit("programs.audit_targets:arrays", "--target", TARGETS[family])
     assert "compile targets cannot hold arrays" in done.output
+
+
+@pytest.mark.parametrize("program", [None, (), (1, 2), "ab", {0: abs}])
+def test_programs_without_a_function_raise(program):
+    mesh = compile_targets.target_mesh(None, {"worker": 2})
+    with pytest.raises(TypeError, match=r"must return \(function, \*arguments\), got"):
+        program_audit.audit_program(lambda mesh: program, mesh, "worker", "step")

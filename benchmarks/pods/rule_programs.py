@@ -81,8 +81,30 @@ RULES = {
     "cast, float8": lambda k: _compressed(lsgd.cast, jnp.float8_e4m3fn),
     "quantize, 4 bits": lambda k: _compressed(lsgd.quantize, 4),
     "quantize, 1 bit": lambda k: _compressed(lsgd.quantize, 1),
+    "quantize, E3M0": lambda k: lsgd.outer(
+        SGD, lsgd.quantize(lsgd.average(), 4, encoding="e3m0")
+    ),
     "top_k, 1 %": lambda k: _compressed(lsgd.top_k, 0.01),
     "scaled_sign": lambda k: _compressed(lsgd.scaled_sign),
+    "chunked_top_k, float32": lambda k: lsgd.outer(
+        SGD, lsgd.chunked_top_k(lsgd.average(), 64, bits=None)
+    ),
+    "sparseloco()": lambda k: lsgd.sparseloco(),
+    "clip_to_median_norm": lambda k: _compressed(lsgd.clip_to_median_norm),
+    "clip_to_median_norm, 4 bits": lambda k: lsgd.outer(
+        SGD, lsgd.clip_to_median_norm(lsgd.quantize(lsgd.average(), 4))
+    ),
+    "radial_directional_average": lambda k: _compressed(
+        lsgd.radial_directional_average
+    ),
+    "eager_outer": lambda k: lsgd.eager_outer(SGD),
+    "snoo()": lambda k: lsgd.snoo(),
+    "control_variates": lambda k: lsgd.control_variates(0.1, 100),
+    "partition": lambda k: lsgd.partition(
+        {"mean": lsgd.average(), "outer": lsgd.diloco()},
+        lambda path: "mean" if "embedding" in path else "outer",
+    ),
+    "desloc(diloco())": lambda k: lsgd.desloc(lsgd.diloco()),
     "moments every 8 rounds": lambda k: {
         "params": lsgd.diloco(),
         "opt_state": lsgd.when(lsgd.every(8), lsgd.floating_only(lsgd.average())),

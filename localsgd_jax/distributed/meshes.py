@@ -61,11 +61,13 @@ def worker_mesh(
     groups = _group_by_locality(devices)
     sizes = {len(group) for group in groups}
     size = sizes.pop() if len(sizes) == 1 else None
-    if size and size % devices_per_worker == 0:
+    is_inside = all(len(group) % devices_per_worker == 0 for group in groups)
+    is_whole = len(devices) % devices_per_worker == 0 and (
+        devices_per_worker % (size or len(devices)) == 0
+    )
+    if size and is_inside:
         grid = _workers_in_groups(groups, workers, tuple(inner.values()))
-    elif len(devices) % devices_per_worker == 0 and (
-        workers is None or (size and devices_per_worker % size == 0)
-    ):
+    elif (size and is_whole) or (workers is None and (is_inside or is_whole)):
         grid = _workers_across_groups(groups, workers, tuple(inner.values()))
     else:
         raise ValueError(

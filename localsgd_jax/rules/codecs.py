@@ -156,27 +156,57 @@ def integer_codec(bits: int, block: int, stochastic: bool) -> Codec:
       A codec of b + 32/block bits per number, which encodes to `QuantizedBlocks`.
     """
     largest = max(2 ** (bits - 1) - 1, 1)
-    width = _LANES if block % _LANES == 0 else block
 
-    def split(x: jax.Array) -> jax.Array:
-        return x.reshape(*x.shape[:-1], -1, block // width, width)
-
-    def quantize(x: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        blocks = _materialize_on_tpu(split(x))
+    def scale_of(blocks: jax.Array) -> jax.Array:
         if bits == 1:
-            scale = jnp.abs(blocks).mean(axis=-2).mean(axis=-1)
-            return (blocks >= 0).astype(jnp.float32), scale
-        # XLA:CPU vectorises max and min, but not the max of absolute values.
-        extremes = jnp.maximum(blocks.max(axis=-2), -blocks.min(axis=-2))
-        scale = extremes.max(axis=-1)
+            return jnp.abs(blocks).mean(axis=-2).mean(axis=-1)
+        return largest_magnitude(blocks)
+
+    def to_codes(blocks: jax.Array, scale: jax.Array, key: jax.Array) -> jax.Array:
+        if bits == 1:
+            return (blocks >= 0).astype(jnp.float32)
         inverse = largest / jnp.where(scale > 0, scale, 1)
         level = blocks * inverse[..., None, None]
         shift = jax.random.uniform(key, level.shape) if stochastic else 0.5
-        codes = jnp.clip(jnp.floor(level + shift), -largest, largest) + largest
-        return codes, scale
+        return jnp.clip(jnp.floor(level + shift), -largest, largest) + largest
 
-    def to_level(codes: jax.Array) -> jax.Array:
+    def to_values(codes: jax.Array) -> jax.Array:
         return 2 * codes - 1 if bits == 1 else (codes - largest) / largest
+
+    return block_codec(bits, block, scale_of, to_codes, to_values)
+
+
+def largest_magnitude(blocks: jax.Array) -> jax.Array:
+    """Returns max |x| of blocks, from `(..., r, w)` to `(...)`."""
+    # XLA:CPU vectorises max and min, but not the max of absolute values.
+    extremes = jnp.maximum(blocks.max(axis=-2), -blocks.min(axis=-2))
+    return extremes.max(axis=-1)
+
+
+def block_codec(
+    bits: int, block: int, scale_of: Callable, to_codes: Callable, to_values: Callable
+) -> Codec:
+    """Makes a codec of b-bit codes with a float32 scale per block.
+
+        x ≈ s value(code(x, s))
+
+    Args:
+      bits: b.
+      block: numbers that share a scale, a multiple of 8.
+      scale_of: `scale_of(blocks) -> s`, from `(..., r, w)` with r w = block to `(...)`.
+      to_codes: `to_codes(blocks, s, key) -> codes`, from 0 to 2ᵇ − 1, float32.
+      to_values: `to_values(codes)`, elementwise on float32.
+
+    Returns:
+      A codec, which encodes to `QuantizedBlocks`.
+    """
+    width = _LANES if block % _LANES == 0 else block
+
+    def quantize(x: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        split = x.reshape(*x.shape[:-1], -1, block // width, width)
+        blocks = _materialize_on_tpu(split)
+        scale = scale_of(blocks)
+        return to_codes(blocks, scale, key), scale
 
     def encode(x: jax.Array, key: jax.Array) -> QuantizedBlocks:
         codes, scale = quantize(x, key)
@@ -187,12 +217,12 @@ def integer_codec(bits: int, block: int, stochastic: bool) -> Codec:
         codes = unpack(payload.codes, bits)
         rows = codes.reshape(*codes.shape[:-1], -1, width).astype(jnp.float32)
         row_scales = _repeat(payload.scales, block // width)
-        decoded = _materialize_on_tpu(to_level(rows) * row_scales[..., None])
+        decoded = _materialize_on_tpu(to_values(rows) * row_scales[..., None])
         return decoded.reshape(codes.shape)
 
     def round_trip(x: jax.Array, key: jax.Array) -> jax.Array:
         codes, scale = quantize(x, key)
-        return (to_level(codes) * scale[..., None, None]).reshape(x.shape)
+        return (to_values(codes) * scale[..., None, None]).reshape(x.shape)
 
     return Codec(encode, decode, round_trip, block)
 

@@ -3,13 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from localsgd_jax.rules.codecs import (
-    Codec,
-    QuantizedBlocks,
-    make_codec,
-    pack,
-    unpack,
-)
+from localsgd_jax.rules.codecs import Codec, block_codec, largest_magnitude
 
 _LEVELS = 7  # Besides zero.
 
@@ -30,28 +24,23 @@ def float4_codec(block: int, stochastic: bool) -> Codec:
       A codec of 4 + 32/block bits per number. A code is L, plus 8 for a negative sign.
     """
 
-    def encode(x: jax.Array, key: jax.Array) -> QuantizedBlocks:
-        rows = x.reshape(*x.shape[:-1], -1, block)
-        # XLA:CPU vectorises max and min, but not the max of absolute values.
-        scale = jnp.maximum(jnp.max(rows, axis=-1), -jnp.min(rows, axis=-1))
-        relative = jnp.abs(rows) / jnp.where(scale > 0, scale, 1)[..., None]
-        shift = jax.random.uniform(key, rows.shape) if stochastic else 0.5
-        level = jnp.zeros(rows.shape, jnp.uint8)
+    def to_codes(blocks: jax.Array, scale: jax.Array, key: jax.Array) -> jax.Array:
+        relative = jnp.abs(blocks) / jnp.where(scale > 0, scale, 1)[..., None, None]
+        shift = jax.random.uniform(key, blocks.shape) if stochastic else 0.5
+        level = jnp.zeros(blocks.shape, jnp.float32)
         for upper in range(1, _LEVELS + 1):
             low, high = _value(upper - 1), _value(upper)
-            level += (relative > low + shift * (high - low)).astype(jnp.uint8)
-        codes = jnp.where(rows < 0, level + jnp.uint8(8), level)
-        return QuantizedBlocks(pack(codes.reshape(x.shape), 4), scale)
+            level += relative > low + shift * (high - low)
+        return jnp.where(blocks < 0, level + 8, level)
 
-    def decode(payload: QuantizedBlocks) -> jax.Array:
-        codes = unpack(payload.codes, 4)
-        rows = codes.reshape(*codes.shape[:-1], -1, block)
-        level = (rows & 7).astype(jnp.float32)
-        magnitude = jnp.where(level > 0, jnp.exp2(level - _LEVELS), 0)
-        signed = jnp.where(rows >= 8, -magnitude, magnitude)
-        return (signed * payload.scales[..., None]).reshape(codes.shape)
+    def to_values(codes: jax.Array) -> jax.Array:
+        level = codes.astype(jnp.int32) & 7
+        # The exponent bits of 2^(L − 7); exp2 is not exact on all backends.
+        power = jax.lax.bitcast_convert_type((level + 127 - _LEVELS) << 23, jnp.float32)
+        magnitude = jnp.where(level > 0, power, 0)
+        return jnp.where(codes >= 8, -magnitude, magnitude)
 
-    return make_codec(encode, decode, block)
+    return block_codec(4, block, largest_magnitude, to_codes, to_values)
 
 
 def _value(level: int) -> float:

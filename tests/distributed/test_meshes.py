@@ -163,6 +163,20 @@ def test_indivisible_devices_raise(arguments, message):
         lsgd.worker_mesh(**arguments, devices=eight)
 
 
+@pytest.mark.usefixtures("mesh_of_absent_devices")
+def test_workers_that_straddle_slices_raise():
+    """Three of four chips each: the second of four workers would be on two slices."""
+    with pytest.raises(ValueError, match=r"got groups of \[4, 4, 4\] devices"):
+        lsgd.worker_mesh(inner_axes={"fsdp": 3}, devices=tpu_slices(3, (2, 2)))
+    unequal = [device(i, int(i > 1)) for i in range(6)]
+    with pytest.raises(ValueError, match=r"got groups of \[2, 4\] devices"):
+        lsgd.worker_mesh(inner_axes={"model": 3}, devices=unequal)
+    mesh = lsgd.worker_mesh(inner_axes={"model": 2}, devices=unequal)
+    assert process_of_positions(mesh) == [[0, 0], [1, 1], [1, 1]]
+    mesh = lsgd.worker_mesh(inner_axes={"model": 6}, devices=unequal)
+    assert process_of_positions(mesh) == [[0, 0, 1, 1, 1, 1]]
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

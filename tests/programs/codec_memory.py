@@ -18,6 +18,7 @@ from localsgd_jax.rules.codecs import (
     split_tiles,
     unpack,
 )
+from localsgd_jax.rules.float4_codec import float4_codec
 
 FLOATS = (jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn)
 
@@ -77,6 +78,7 @@ def main(target, size):
         programs[f"{bits} bits"] = exchange(codec, mesh.size)
     codec = integer_codec(4, 256, stochastic=True)
     programs["4 bits, stochastic"] = exchange(codec, mesh.size)
+    programs["E3M0"] = exchange(float4_codec(256, stochastic=False), mesh.size)
     measured = {k: temporary_bytes(f, size, mesh) for k, f in programs.items()}
     print(json.dumps(measured))
 

@@ -150,5 +150,5 @@ def test_temporary_memory_on_a_target(family, target):
     )
     assert done.returncode == 0, done.stderr
     bytes_per_number = json.loads(done.stdout)
-    assert len(bytes_per_number) == 9
+    assert len(bytes_per_number) == 10
     assert max(bytes_per_number.values()) < 8, bytes_per_number

@@ -17,8 +17,8 @@ MUTANTS = {
     ),
     "shifts the levels of 4-bit floats": Mutant(
         "rules/float4_codec.py",
-        "jnp.exp2(level - _LEVELS)",
-        "jnp.exp2(level - _LEVELS - 1)",
+        "(level + 127 - _LEVELS) << 23",
+        "(level + 126 - _LEVELS) << 23",
         "rules/test_float4_codec.py -k nearest",
     ),
     "keeps the complete error of a sparse mean": Mutant(

@@ -1,5 +1,6 @@
 """Collectives across TPU slices and hosts: groups, bytes on ICI and DCN, overlap."""
 
+import json
 import os
 import re
 import subprocess
@@ -399,3 +400,44 @@ def test_bytes_between_gpu_hosts(family):
     assert op["dcn_bytes_sent"] == pytest.approx(2 / 16 * size)
     assert op["ici_bytes_sent"] == pytest.approx(2 * 14 / 16 * size)
     assert result["dcn_bytes_sent"] == [0, op["dcn_bytes_sent"]]
+
+
+# Bytes that a chip sends across slices; infinite where a step is not understood.
+SLICE_PROGRAMS = {
+    "all-reduce, one worker per slice": 4096,
+    "all-reduce, two workers per slice": 4096,
+    "all-reduce, worker across slices": 0,
+    "all-reduce, devices in any order": 4096,
+    "all-reduce inside, one worker per slice": None,
+    "all-reduce inside, worker across slices": None,
+    "permutation across, one way, one worker per slice": 4096,
+    "permutation in slice 1 only, two workers per slice": 0,
+    "permutation from slice 0, two workers per slice": 4096,
+    "all-to-all, two workers per slice": 2048,
+    "gather along both axes, one worker per slice": 4096,
+    "nested loops, one worker per slice": 4096,
+    "branch of a scan, one worker per slice": 4096,
+    "debug print, one worker per slice": float("inf"),
+    "pure callback, one worker per slice": float("inf"),
+    "sort, two workers per slice": None,
+}
+
+
+@pytest.mark.parametrize("family", [in_full("tpu")])
+def test_unusual_communication_between_workers_is_refused(family):
+    """Real programs for two slices; None stands for steps that are allowed."""
+    skip_without_compiler(family)
+    done = subprocess.run(
+        [sys.executable, PROGRAMS / "slice_programs.py"],
+        env=os.environ | {"PYTHONPATH": PYTHONPATH},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = {row["case"]: row for row in map(json.loads, done.stdout.splitlines())}
+    assert rows.keys() == SLICE_PROGRAMS.keys()
+    for case, sent in SLICE_PROGRAMS.items():
+        assert rows[case]["refused"] == (sent is not None), case
+        if sent is not None:
+            assert float(rows[case]["dcn_bytes"]) == sent, case

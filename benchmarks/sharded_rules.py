@@ -177,9 +177,11 @@ def _progress(row: dict) -> str:
 def write_page(folder: Path, page: Path) -> None:
     """Writes the tables of `sharded_rules*.json` into a page."""
     path = folder / "sharded_rules.json"
-    after = _large(results.read(path)["rows"])
+    rows = results.read(path)["rows"]
+    after = _large(rows)
     before = _large(results.read(folder / "sharded_rules_before.json")["rows"])
     main_mesh = next(iter(MESHES))
+    weighted = _large(rows, weighted=True)
     results.fill_page(
         page,
         {
@@ -187,6 +189,9 @@ def write_page(folder: Path, page: Path) -> None:
                 [row for row in before if row["mesh"] == main_mesh],
                 [row for row in after if row["mesh"] == main_mesh],
             ),
+            "weighted": comparison_table([], weighted)
+            if weighted
+            else "Not measured yet.",
             "versions": results.versions(path),
             "other meshes": meshes_table(
                 [row for row in after if row["mesh"] != main_mesh]
@@ -195,5 +200,7 @@ def write_page(folder: Path, page: Path) -> None:
     )
 
 
-def _large(rows: Sequence[dict]) -> list[dict]:
-    return [row for row in rows if row["size"] == "large" and not row["weighted"]]
+def _large(rows: Sequence[dict], weighted: bool = False) -> list[dict]:
+    return [
+        row for row in rows if row["size"] == "large" and row["weighted"] == weighted
+    ]

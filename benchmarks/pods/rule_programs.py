@@ -86,9 +86,6 @@ RULES = {
     ),
     "top_k, 1 %": lambda k: _compressed(lsgd.top_k, 0.01),
     "scaled_sign": lambda k: _compressed(lsgd.scaled_sign),
-    "chunked_top_k, float32": lambda k: lsgd.outer(
-        SGD, lsgd.chunked_top_k(lsgd.average(), 64, bits=None)
-    ),
     "sparseloco()": lambda k: lsgd.sparseloco(),
     "clip_to_median_norm": lambda k: _compressed(lsgd.clip_to_median_norm),
     "clip_to_median_norm, 4 bits": lambda k: lsgd.outer(

@@ -157,7 +157,7 @@ def rule_row(**columns):
 
 
 def test_page_has_the_values_before_and_after(tmp_path):
-    page, blocks = tmp_path / "page.md", ("two slices", "versions", "other meshes")
+    page, blocks = tmp_path / "page.md", sharded_rules_blocks()
     text = "".join(f"<!-- begin {b} -->\nold\n<!-- end {b} -->\n" for b in blocks)
     page.write_text("Text.\n" + text)
     before = rule_row(failure="no program within 9 s")
@@ -165,10 +165,12 @@ def test_page_has_the_values_before_and_after(tmp_path):
     results.update(path.with_stem("sharded_rules_before"), before, KEYS, "command a")
     results.update(path, rule_row(), KEYS, "command b")
     results.update(path, rule_row(mesh="1-slice", inner_bytes=24), KEYS, "command c")
+    results.update(path, rule_row(weighted=True, inner_bytes=8), KEYS, "command c")
     sharded_rules.write_page(tmp_path, page)
     text = page.read_text()
     assert "| `average()` | 1 | no program within 9 s → 1 | – → 0.5 |" in text
     assert "| `average()` | 1 + 0.5; 24 B; 0.25 |" in text
+    assert "| `average()` | 1 | 1 | 0.5 | 8 B | 0.25 | 1.0 s |" in text
     assert "`command b`, `command c`: Python 3" in text
     assert "old" not in text and text.startswith("Text.\n<!-- begin two slices -->\n|")
 

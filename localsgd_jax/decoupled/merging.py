@@ -40,9 +40,10 @@ class MergePolicy(NamedTuple):
     Attributes:
       aggregation: `aggregation(outer) -> Aggregation`, from the outer optimizer of the
         job or None.
-      deadline: `deadline(arrivals, expected) -> time` of the merge, infinite if more
-        contributions are needed, from the times of the arrivals, ascending, and the
-        predicted ones of the other learners, infinite if unknown.
+      deadline: `deadline(arrivals, expected, joining) -> time` of the merge, infinite
+        if more contributions are needed, from the times of the arrivals, ascending, the
+        predicted ones of the other learners, and those of learners that have not
+        contributed before.
       weight: `weight(counts, staleness) -> float`, weight of a contribution in the
         mean.
       num_workers: `num_workers(members) -> int`, K of the `UpdateContext`.
@@ -50,7 +51,7 @@ class MergePolicy(NamedTuple):
     """
 
     aggregation: Callable[[optax.GradientTransformation | None], Aggregation]
-    deadline: Callable[[Sequence[float], Sequence[float]], float]
+    deadline: Callable[[Sequence[float], Sequence[float], Sequence[float]], float]
     weight: Callable[[Counts, int], float]
     num_workers: Callable[[int], int]
     name: str
@@ -160,7 +161,7 @@ def immediate(
 
     return MergePolicy(
         resolve,
-        lambda arrivals, expected: arrivals[0] if arrivals else math.inf,
+        lambda arrivals, expected, joining: arrivals[0] if arrivals else math.inf,
         lambda counts, staleness: 1.0,
         lambda members: max(members, 1) if workers is None else workers,
         f"immediate(workers={workers})",
@@ -185,7 +186,8 @@ def quorum(
     proceeds with fewer than q if all other learners are late by `grace`.
     The prediction is the mean time between its contributions plus twice their mean
     deviation. A learner that is predicted later, or is late, is not waited for. Its
-    update counts in the next merge.
+    update counts in the next merge. A learner that has joined and contributed nothing
+    yet is late after twice the time of the slowest other one.
 
     Args:
       q: number of learners.
@@ -213,16 +215,18 @@ def quorum(
     check_type("quorum(weight)", "weight", weight, Callable)
     staleness_weight = resolve_weighting("quorum(weighting)", weighting)
 
-    def deadline(arrivals: Sequence[float], expected: Sequence[float]) -> float:
-        needed = min(q, len(arrivals) + len(expected))
+    def deadline(
+        arrivals: Sequence[float], expected: Sequence[float], joining: Sequence[float]
+    ) -> float:
+        missing = [*expected, *joining]
+        needed = min(q, len(arrivals) + len(missing))
         if len(arrivals) >= needed > 0:
             opened = arrivals[needed - 1]
             return max([opened, *(t for t in expected if t <= opened + grace)])
-        # Learners that wait for each other at different fragments are late here.
-        known = [time for time in expected if time < math.inf]
-        if not arrivals or not known:
+        if not arrivals:
             return math.inf
-        return max([*known, arrivals[-1]]) + grace
+        # Learners that wait for each other at different fragments are late here.
+        return max([*missing, arrivals[-1]]) + grace
 
     def resolve(outer: optax.GradientTransformation | None) -> Aggregation:
         return server_optimizer(optax.sgd(1.0) if outer is None else outer)

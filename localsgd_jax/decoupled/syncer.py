@@ -214,15 +214,9 @@ def _merge_if_due(
     arithmetic: _Arithmetic, state: SyncerState, now: float
 ) -> tuple[SyncerState, tuple[Reply, ...], tuple[dict, ...]]:
     """Merges the pending contributions if the policy says so."""
-    arrived = {pending.learner for pending in state.pending}
-    expected = [
-        member.read_time + member.interval + 2 * member.deviation
-        for learner, member in state.members.items()
-        if learner not in arrived and (member.leases or arithmetic.fragment)
-    ]
-    expected = [math.inf if math.isnan(time) else time for time in expected]
     arrivals = [pending.time for pending in state.pending]
-    deadline = arithmetic.job.merge.deadline(arrivals, expected)
+    predicted = _predicted_arrivals(arithmetic, state)
+    deadline = arithmetic.job.merge.deadline(arrivals, *predicted)
     if deadline > now:
         return state._replace(deadline=deadline), (), ()
     row = _history_row(arithmetic, state, now)
@@ -232,6 +226,41 @@ def _merge_if_due(
     replies = [_reply(state, learner) for learner in current]
     state = state._replace(pending=(), deadline=math.inf)
     return state, tuple(replies), (row,)
+
+
+def _predicted_arrivals(
+    arithmetic: _Arithmetic, state: SyncerState
+) -> tuple[list[float], list[float]]:
+    """Predicts the arrivals of members without a pending contribution.
+
+    Args:
+      arithmetic: constants of the job.
+      state: state of the syncer.
+
+    Returns:
+      Times of the members that have contributed before, and of the others, which may
+      compile: twice the interval of the slowest member after they joined.
+    """
+    arrived = {pending.learner for pending in state.pending}
+    missing = [
+        member
+        for learner, member in state.members.items()
+        if learner not in arrived and (member.leases or arithmetic.fragment)
+    ]
+    known = [m for m in state.members.values() if not math.isnan(m.interval)]
+    slowest = max(map(_longest_interval, known), default=math.inf)
+    expected = [
+        m.read_time + _longest_interval(m)
+        for m in missing
+        if not math.isnan(m.interval)
+    ]
+    joining = [m.read_time + 2 * slowest for m in missing if math.isnan(m.interval)]
+    return expected, joining
+
+
+def _longest_interval(member: Member) -> float:
+    """Returns the mean interval of a member plus twice its deviation."""
+    return member.interval + 2 * member.deviation
 
 
 def _apply(arithmetic: _Arithmetic, state: SyncerState) -> SyncerState:
@@ -322,9 +351,12 @@ def _take_leases(
 
 
 def _after_arrival(member: Member, event: Contribution) -> Member:
-    """Updates the running means of the arrivals of a member."""
+    """Updates the running means of the arrivals of a member.
+
+    The first contribution includes compilation; the second one takes its place.
+    """
     seconds = event.time - member.read_time
-    if math.isnan(member.interval):
+    if event.number <= 2:
         interval, deviation = seconds, 0.0
     else:
         error = seconds - member.interval

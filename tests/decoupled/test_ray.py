@@ -73,6 +73,29 @@ def test_killed_and_stopped_learners_do_not_stop_the_others(tmp_path):
         check(job.end())
 
 
+def test_killed_raylet_and_added_nodes(tmp_path):
+    """The learners of a node are replaced; a learner that is added contributes."""
+    settings = {"learners": [2, 6], "nodes": [2, 2], "steps": 6 * STEPS}
+    with run(tmp_path, **settings) as job:
+        job.wait_for(lambda rows: sum(contributed(rows, k, 2) for k in range(6)) == 4)
+        killed, moment = job.raylets[0], time.monotonic()
+        os.kill(killed, signal.SIGKILL)
+        job.wait_for(lambda rows: rows[-1]["members"] == 2)
+        job.add_node(2)
+        job.wait_for(lambda rows: rows[-1]["members"] == 4)
+        print("seconds from kill of a raylet to 4 members", time.monotonic() - moment)
+        job.add_node(2)
+        moment = time.monotonic()
+        job.wait_for(
+            lambda rows: all(contributed(rows, k, 1, moment) for k in range(6))
+        )
+        print("seconds from a new node to its contribution", time.monotonic() - moment)
+        result = job.end()
+    assert result["steps"] == 6 * STEPS
+    assert result["equal"] and not result["different"]
+    assert result["loss"] == pytest.approx(undisturbed_loss(), rel=0.02)
+
+
 def test_killed_syncer_continues_without_loss(tmp_path):
     with run(tmp_path, save_every=50) as job:
         job.wait_for(started)

@@ -61,7 +61,7 @@ def test_restarted_syncer_has_the_state_of_the_one_before(tmp_path, save_every):
 
 
 def test_call_of_a_removed_learner_ends(tmp_path):
-    actor = open_syncer(make_job(merge=decoupled.quorum(2)), tmp_path, 1000)
+    actor = open_syncer(make_job(merge=decoupled.quorum(2, 60.0)), tmp_path, 1000)
     for learner in range(3):
         actor.handle(Join(0.0, learner, 7))
     answers = []

@@ -228,6 +228,21 @@ def test_quorum_opens_a_window_of_the_predicted_length():
     assert replies[-1] == [(0, "model")] and state.version == 3
 
 
+def test_quorum_does_not_wait_for_a_learner_that_compiles():
+    """Nor does its first round change the prediction of the others."""
+    job = make_job(merge=decoupled.quorum(3, grace=1.0), steps=10_000)
+    joins = [Join(0.0, k, 1) for k in range(2)]
+    first = [contribution(1.0, 0, 1, 1.0), contribution(1.0, 1, 1, 1.0)]
+    state, _ = run_events(job, *joins, *first, Join(1.0, 2, 1))
+    assert state.version == 1
+    events = [contribution(2.0, 0, 2, 1.0), contribution(2.0, 1, 2, 1.0)]
+    state, _ = run_events(job, *joins, *first, Join(1.0, 2, 1), *events)
+    assert state.deadline == pytest.approx(1.0 + 2 * 1.0 + 1.0)
+    slow = [contribution(50.0, 2, 1, 1.0), contribution(51.0, 2, 2, 1.0)]
+    state, _ = run_events(job, *joins, Join(1.0, 2, 1), *first, *events, *slow)
+    assert state.members[2].interval == pytest.approx(1.0)
+
+
 def test_means_are_weighted_by_examples():
     job = make_job(merge=decoupled.quorum(2))
     events = [Join(0.0, 0, 1), Join(0.0, 1, 1), contribution(1.0, 0, 1, 1.0)]

@@ -18,16 +18,22 @@ ROLES = {"learner": "ray::LearnerActor", "syncer": "ray::SyncerActor"}
 
 
 class DecoupledProcess:
-    """Process group of a run; `rows` holds the rows of its history so far."""
+    """Process group of a run.
+
+    Attributes:
+      rows: rows of its history so far, with the time of their arrival as "now".
+      raylets: process ids of the raylets of the nodes that were started.
+    """
 
     def __init__(self, **settings):
         """Starts the program with settings as JSON."""
         path = os.pathsep.join([str(ROOT), str(TESTS)])
-        self.rows, self.result = [], None
+        self.rows, self.raylets, self.result = [], [], None
         # All processes of the run inherit this variable.
         self.token = uuid.uuid4().hex
         self.process = subprocess.Popen(
             [sys.executable, str(PROGRAM), json.dumps(settings)],
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -51,6 +57,8 @@ class DecoupledProcess:
             self.output.append(line)
             if line.startswith('{"row"'):
                 self.rows.append(json.loads(line)["row"] | {"now": time.monotonic()})
+            elif line.startswith('{"raylet"'):
+                self.raylets.append(json.loads(line)["raylet"])
             elif line.startswith('{"result"'):
                 self.result = json.loads(line)["result"]
 
@@ -61,6 +69,11 @@ class DecoupledProcess:
             tail = "".join(self.output[-20:])
             assert self.process.poll() is None and time.monotonic() < end, tail
             time.sleep(0.05)
+
+    def add_node(self, cpus):
+        """Starts a further node of the cluster."""
+        self.process.stdin.write(f"{cpus}\n")
+        self.process.stdin.flush()
 
     def pids(self, role):
         """Returns the process ids of the actors of a role, ascending."""
@@ -100,6 +113,7 @@ class DecoupledProcess:
         self.process.wait()
         self.reader.join(10)
         self.process.stdout.close()
+        self.process.stdin.close()
 
 
 def command_line(pid):
@@ -109,3 +123,22 @@ def command_line(pid):
     except OSError:
         return ""
     return re.sub("\0", " ", text).strip()
+
+
+def is_running(pid):
+    """Returns whether a process runs or is stopped."""
+    return _stat(pid)[:1] not in ([], ["Z"], ["X"])
+
+
+def parent(pid):
+    """Returns the process id of the parent, 0 without one."""
+    return int((_stat(pid)[1:2] or [0])[0])
+
+
+def _stat(pid):
+    """Returns the fields of a process from its state on."""
+    try:
+        text = pathlib.Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return []
+    return text.rpartition(")")[2].split()

@@ -1,8 +1,14 @@
-"""Runs a decoupled job on Ray; prints rows and the result as lines of JSON."""
+"""Runs a decoupled job on Ray; prints rows and the result as lines of JSON.
 
+With the setting `nodes`, the CPUs of each node, it starts a Ray cluster of these nodes
+and a head node without CPUs, and a further node of C CPUs for each line "C" on stdin.
+"""
+
+import atexit
 import json
 import os
 import sys
+import threading
 import time
 
 import jax
@@ -19,11 +25,61 @@ ENVIRONMENT = {
 }
 
 
+# A node that is stopped is found dead after some seconds.
+HEALTH_CHECKS = {
+    "health_check_initial_delay_ms": 1000,
+    "health_check_period_ms": 1000,
+    "health_check_timeout_ms": 2000,
+    "health_check_failure_threshold": 4,
+}
+
+
+def start_cluster(nodes):
+    """Starts a Ray cluster and a thread that adds nodes; returns its address."""
+    from ray.cluster_utils import Cluster
+
+    head = {"num_cpus": 0, "_system_config": HEALTH_CHECKS}
+    # Hooks at exit would need the main thread, which does not add the nodes.
+    cluster = Cluster(initialize_head=True, head_node_args=head, shutdown_at_exit=False)
+    atexit.register(cluster.shutdown)
+
+    def add_node(cpus):
+        node = cluster.add_node(num_cpus=int(cpus))
+        raylet = node.all_processes["raylet"][0].process
+        # The workers of a raylet that is a zombie do not notice its end.
+        threading.Thread(target=raylet.wait, daemon=True).start()
+        print(json.dumps({"raylet": raylet.pid}), flush=True)
+
+    def add_nodes():
+        for line in sys.stdin:
+            add_node(line)
+
+    for cpus in nodes:
+        add_node(cpus)
+    threading.Thread(target=add_nodes, daemon=True).start()
+    return cluster.address
+
+
+def write_start(directory, learner):
+    """Appends time and process id to the file of a learner, if it is a new process."""
+    with open(os.path.join(directory, f"learner-{learner}"), "a+") as file:
+        file.seek(0)
+        if not file.read().endswith(f" {os.getpid()}\n"):
+            file.write(f"{time.monotonic()} {os.getpid()}\n")
+
+
 def main():
     settings = json.loads(sys.argv[1])
+    if nodes := settings.pop("nodes", None):
+        settings["address"] = start_cluster(nodes)
+    if isinstance(settings["learners"], list):
+        settings["learners"] = tuple(settings["learners"])
     pause, slow = settings.pop("pause", 0.02), settings.pop("slow", {})
+    processes = settings.pop("processes", None)
 
     def paused_batches(learner, start):
+        if processes is not None:
+            write_start(processes, learner)
         for batch in batches(learner, start):
             time.sleep(pause * slow.get(str(learner), 1))
             yield batch

@@ -33,6 +33,7 @@ BENCHMARKS = CPU_BENCHMARKS | ACCELERATOR_BENCHMARKS
 OWN_OPTIONS = {
     "control_variates": "benchmarks.control_variates",
     "convergence": "benchmarks.convergence",
+    "goodput": "benchmarks.goodput",
     "mean_costs": "benchmarks.mean_costs",
     "pods": "benchmarks.pods.command",
     "sharded_rules": "benchmarks.sharded_rules",
@@ -46,6 +47,7 @@ DESCRIPTIONS = {
     "accelerator": "lanes of a GPT on one GPU or TPU",
     "control_variates": "control variates and local SGD on heterogeneous w8a shards",
     "convergence": "held-out loss of DiLoCo and related algorithms",
+    "goodput": "goodput under failures: lockstep, elastic and decoupled learners",
     "mean_costs": "means of many leaves and of fragments over a mean of one leaf",
     "pods": "memory, traffic and predicted times of a GPT on 32 to 512 TPU chips",
     "sharded_rules": "memory and traffic of each rule with 16 chips per worker",

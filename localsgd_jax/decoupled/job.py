@@ -56,6 +56,8 @@ class Job:
       compress: codec of the updates, such as `integers(4)`, with error feedback.
       overlap: τ, local steps that a learner takes while it waits for the model, at most
         H/F.
+      exchanges: fragments that a learner with τ > 0 may have in flight, at most F. With
+        2, one is sent while another is received.
       tokens: `tokens(batch)`, tokens in the batch of one step; None counts examples.
       cluster: `cluster(algorithm)` places the workers of a learner on its devices, such
         as `lambda algorithm: on_mesh(algorithm, mesh)`; None for one worker on one
@@ -73,6 +75,7 @@ class Job:
     fragments: int = 1
     compress: Codec = dataclasses.field(default_factory=full_precision)
     overlap: int = 0
+    exchanges: int = 1
     tokens: Callable[[PyTree], int] | None = None
     cluster: Callable[[Algorithm], Cluster] | None = None
 
@@ -92,6 +95,10 @@ class Job:
         text = f"it must be at most every / fragments = {steps_per_contribution(self)}"
         in_range = self.overlap <= steps_per_contribution(self)
         check(in_range, "Job(overlap)", text, self.overlap)
+        check_int("Job(exchanges)", "it", self.exchanges, 1)
+        limit = self.fragments if self.overlap else 1
+        text = f"it must be at most the number of fragments, 1 without overlap: {limit}"
+        check(self.exchanges <= limit, "Job(exchanges)", text, self.exchanges)
         self.merge.aggregation(self.outer)
         num_fragments("Job(fragments)", shared_params(self), self.fragments)
 
@@ -135,6 +142,7 @@ def fingerprint(job: Job) -> dict:
         "every": job.every,
         "fragments": job.fragments,
         "overlap": job.overlap,
+        "exchanges": job.exchanges,
         "merge": job.merge.name,
     }
 

@@ -147,32 +147,35 @@ def _membership(
     job, batches = functions.job, _BatchReader(functions.job, learner)
     key, length = (0.0, learner, session), steps_per_contribution(job)
     progress, leases = yield from _join(functions, key)
-    in_flight = None
+    in_flight: tuple[int, ...] = ()  # Fragments in the order of their contributions.
     while True:
-        if not leases and in_flight is not None:
-            progress, reply = yield from _receive(functions, progress, in_flight)
-            leases, in_flight = reply.leases, None
+        while not leases and in_flight:
+            first, *others = in_flight
+            progress, reply = yield from _receive(functions, progress, first)
+            leases, in_flight = reply.leases if first == 0 else (), tuple(others)
         if not leases:
             yield from _request(job, key)
             return
         current, leases = leases[0], leases[1:]
         for index in range(job.fragments):
             fragment, ahead = (index + 1) % job.fragments, 0
-            if in_flight is not None:
+            if in_flight and len(in_flight) >= job.exchanges:
                 ahead = job.overlap
                 rows = batches.read(current, ahead)
                 progress = yield from _train(functions, progress, rows)
-                progress, reply = yield from _receive(functions, progress, in_flight)
-                if in_flight == 0:
+                first, *others = in_flight
+                progress, reply = yield from _receive(functions, progress, first)
+                in_flight = tuple(others)
+                if first == 0:
                     leases = tuple(x for x in reply.leases if x != current)
             rows = batches.read(current, length - ahead)
             progress = yield from _train(functions, progress, rows)
             progress = yield from _send(functions, progress, fragment, key)
-            in_flight = fragment
+            in_flight = (*in_flight, fragment)
             if not job.overlap:
                 progress, reply = yield from _receive(functions, progress, fragment)
                 leases = reply.leases if fragment == 0 else leases
-                in_flight = None
+                in_flight = ()
 
 
 def _join(

@@ -1,11 +1,14 @@
 """Actors of a decoupled job on Ray: syncers and learners."""
 
+import itertools
 import json
 import os
 import threading
 import time
+from collections.abc import Generator
 from typing import Any
 
+import jax
 import numpy as np
 
 from localsgd_jax.decoupled.event_log import (
@@ -28,6 +31,7 @@ from localsgd_jax.decoupled.stored_state import StateStorage
 from localsgd_jax.decoupled.syncer import make_syncer
 from localsgd_jax.decoupled.syncer_host import SyncerHost
 from localsgd_jax.decoupled.syncer_state import is_done
+from localsgd_jax.distributed.launcher.ports import free_port
 from localsgd_jax.distributed.mismatches import describe_mismatches
 
 
@@ -168,41 +172,108 @@ class SyncerActor:
 
 
 class LearnerActor:
-    """Learner in a process of its own."""
+    """One process of a learner.
+
+    The processes of a learner compute the same program on their common devices. The
+    first one, the leader, sends the events; the others get the answers from it.
+    """
+
+    def __init__(self) -> None:
+        """Starts without answers."""
+        self._condition = threading.Condition()
+        self._answers: dict[int, tuple[Answer, int]] = {}
+        self._port = 0
 
     def process(self) -> tuple[str, int]:
         """Returns the node and the process id."""
         ray = import_ray("run")
         return ray.get_runtime_context().get_node_id(), os.getpid()
 
-    def train(self, job: Job, syncers: list, learner: int) -> None:
+    def coordinator(self) -> str:
+        """Returns an address of this node for `jax.distributed`."""
+        with self._condition:
+            self._port = self._port or free_port()
+        return f"{import_ray('run').util.get_node_ip_address()}:{self._port}"
+
+    def answer(self, number: int) -> Answer:
+        """Returns an answer that the leader has received; waits for it.
+
+        Args:
+          number: 0, 1, … in the order of reception.
+        """
+        with self._condition:
+            self._condition.wait_for(lambda: number in self._answers)
+            answer, readers = self._answers.pop(number)
+            if readers > 1:
+                self._answers[number] = answer, readers - 1
+            return answer
+
+    def train(
+        self, job: list, syncers: list, learner: int, leader: Any, rank: int, count: int
+    ) -> None:
         """Trains until the job is done.
 
         Args:
-          job: description of the job.
+          job: reference to the description of the job, which may hold arrays: they
+            must not exist before the processes are joined.
           syncers: actor of each fragment.
           learner: index of the learner.
+          leader: actor of the first process; None in the first process.
+          rank: index of the process.
+          count: number of processes of the learner.
 
         Raises:
           JobMismatchError: if this process has another model or version.
         """
         ray = import_ray("run")
+        if count > 1:
+            address = ray.get(leader.coordinator.remote()) if rank else None
+            jax.distributed.initialize(address or self.coordinator(), count, rank)
+        description: Job = ray.get(job[0])
         expected = ray.get(syncers[0].fingerprint.remote())
-        _check_fingerprint(learner, expected, fingerprint(job))
-        functions = make_learner_functions(job)
+        _check_fingerprint(learner, expected, fingerprint(description))
+        functions = make_learner_functions(description)
         program, answer = learner_program(functions, learner, time.time_ns()), None
         calls: dict[int, Any] = {}
-        while True:
-            try:
-                effect = program.send(answer)
-            except StopIteration:
+        for number in itertools.count():
+            receive = _next_receive(program, answer, [] if rank else syncers, calls)
+            if receive is None:
                 return
-            answer = None
-            if isinstance(effect, Send):
-                call = syncers[effect.fragment].handle.remote(effect.event)
-                calls[effect.fragment] = call
-            elif isinstance(effect, Receive):
-                answer = ray.get(calls.pop(effect.fragment))
+            if rank:
+                answer = ray.get(leader.answer.remote(number))
+                continue
+            answer = ray.get(calls.pop(receive.fragment))
+            if count > 1:
+                with self._condition:
+                    self._answers[number] = answer, count - 1
+                    self._condition.notify_all()
+
+
+def _next_receive(
+    program: Generator, answer: Answer | None, syncers: list, calls: dict[int, Any]
+) -> Receive | None:
+    """Runs the program of a learner up to its next wait.
+
+    Args:
+      program: the program.
+      answer: answer to the last `Receive`.
+      syncers: actors that receive its events; empty if another process sends them.
+      calls: open call of each fragment, changed in place.
+
+    Returns:
+      What it waits for; None at its end.
+    """
+    while True:
+        try:
+            effect = program.send(answer)
+        except StopIteration:
+            return None
+        answer = None
+        if isinstance(effect, Receive):
+            return effect
+        if isinstance(effect, Send) and syncers:
+            call = syncers[effect.fragment].handle.remote(effect.event)
+            calls[effect.fragment] = call
 
 
 class JobMismatchError(RuntimeError):

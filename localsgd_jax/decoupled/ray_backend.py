@@ -39,14 +39,14 @@ def connect(ray: ModuleType, address: str | None, cpus: int) -> bool:
     if ray.is_initialized():
         return False
     options: dict[str, Any] = {"logging_level": "error", "log_to_driver": False}
+    # Without an address Ray connects to a cluster that it finds on this machine.
+    options["address"] = address or "local"
     if address is None:
         options |= {
             "num_cpus": cpus,
             "include_dashboard": False,
             "object_store_memory": _OBJECT_STORE_BYTES,
         }
-    else:
-        options["address"] = address
     try:
         ray.init(**options)
     except (ConnectionError, RuntimeError) as error:
@@ -55,22 +55,26 @@ def connect(ray: ModuleType, address: str | None, cpus: int) -> bool:
     return True
 
 
-def check_room(ray: ModuleType, learners: int, resources: Mapping[str, float]) -> None:
+def check_room(
+    ray: ModuleType, learners: int, processes: int, resources: Mapping[str, float]
+) -> None:
     """Raises unless the cluster can hold the least number of learners.
 
     Args:
       ray: the module.
       learners: least number of learners.
-      resources: resources of each.
+      processes: processes of each.
+      resources: resources of each process.
 
     Raises:
       RuntimeError: names the first resource of which there is too little.
     """
     total = ray.cluster_resources()
     for name, amount in resources.items():
-        if total.get(name, 0) < learners * amount:
+        needed = learners * processes * amount
+        if total.get(name, 0) < needed:
             raise RuntimeError(
-                f"run(resources): {learners} learners need {learners * amount:g} "
+                f"run(resources): {learners} learners need {needed:g} "
                 f"{name}, the cluster has {total.get(name, 0):g}"
             )
 
@@ -84,6 +88,46 @@ def actor_options(resources: Mapping[str, float]) -> dict[str, Any]:
     options.setdefault("num_cpus", 0)
     others = {name: x for name, x in resources.items() if name not in known}
     return options | {"resources": others}
+
+
+def placement_groups(
+    ray: ModuleType, learners: int, processes: int, resources: Mapping[str, float]
+) -> list[Any]:
+    """Reserves resources so that the processes of a learner start together.
+
+    Args:
+      ray: the module.
+      learners: greatest number of learners.
+      processes: processes of each.
+      resources: resources of each process.
+
+    Returns:
+      A placement group for each learner, None if it has one process.
+    """
+    if processes == 1:
+        return [None] * learners
+    bundles = [dict(resources)] * processes
+    return [ray.util.placement_group(bundles) for _ in range(learners)]
+
+
+def placements(group: Any, processes: int) -> list[dict[str, Any]]:
+    """Returns actor options that place the processes of a learner.
+
+    Args:
+      group: placement group of the learner, or None.
+      processes: number of its processes.
+    """
+    if group is None:
+        return [{}] * processes
+    from ray.util import (  # pyright: ignore[reportMissingImports]
+        scheduling_strategies,
+    )
+
+    strategy = scheduling_strategies.PlacementGroupSchedulingStrategy
+    return [
+        {"scheduling_strategy": strategy(group, placement_group_bundle_index=index)}
+        for index in range(processes)
+    ]
 
 
 def kill_process(ray: ModuleType, node: str, pid: int) -> None:

@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from localsgd_jax.core.types import PyTree
 from localsgd_jax.core.validation import check, check_int, check_number, check_type
@@ -26,10 +26,13 @@ from localsgd_jax.decoupled.ray_backend import (
     connect,
     import_ray,
     kill_process,
+    placement_groups,
+    placements,
 )
 from localsgd_jax.training.progress import progress_bar
 
 _POLL_SECONDS = 0.1
+_SILENCE_SECONDS = 1.0  # A syncer answers within it unless it is lost or stopped.
 
 
 def run(
@@ -38,6 +41,7 @@ def run(
     *,
     address: str | None = None,
     resources: Mapping[str, float] | None = None,
+    processes: int = 1,
     checkpoint: str | None = None,
     save_every: int = 200,
     restarts: int = 3,
@@ -61,8 +65,11 @@ def run(
         is room.
       address: address of a Ray cluster or "auto"; None starts Ray on this machine,
         on the loopback interface.
-      resources: Ray resources of each learner, such as `{"GPU": 1}`; None for
-        `{"CPU": 1}`.
+      resources: Ray resources of each process of a learner, such as `{"GPU": 1}`; None
+        for `{"CPU": 1}`.
+      processes: processes of each learner, which `jax.distributed` joins, such as one
+        for each host of a TPU slice. `Job.cluster` places its workers on the devices of
+        all of them.
       checkpoint: directory of checkpoints and events, on a file system of all nodes
         that may run a syncer. A job in the directory is continued, also with another
         number of learners. None for a temporary directory.
@@ -107,15 +114,25 @@ def run(
         check_type("run(environment)", "each value", value, str)
     check_int("run(save_every)", "it", save_every, 1)
     check_int("run(restarts)", "it", restarts, 0)
+    check_int("run(processes)", "it", processes, 1)
     check_number("run(timeout)", "timeout", timeout, above=0)
     resources = {"CPU": 1.0} if resources is None else dict(resources)
     ray = import_ray("run")
-    started = connect(ray, address, most + job.fragments + 1)
+    started = connect(ray, address, most * processes + job.fragments + 1)
     directory = checkpoint or tempfile.mkdtemp(prefix="decoupled-")
     try:
-        check_room(ray, least, resources)
+        check_room(ray, least, processes, resources)
         settings = _Settings(
-            ray, job, least, most, resources, directory, save_every, restarts, timeout
+            ray=ray,
+            job=job,
+            least=least,
+            most=most,
+            resources=resources,
+            processes=processes,
+            directory=directory,
+            save_every=save_every,
+            restarts=restarts,
+            timeout=timeout,
         )
         with contextlib.closing(_Supervisor(settings, environment or {})) as supervisor:
             with progress_bar(progress, job.steps, ()) as bar:
@@ -127,55 +144,50 @@ def run(
             ray.shutdown()
 
 
-class _Settings:
+class _Settings(NamedTuple):
     """Arguments of a run."""
 
-    def __init__(
-        self,
-        ray: ModuleType,
-        job: Job,
-        least: int,
-        most: int,
-        resources: dict[str, float],
-        directory: str,
-        save_every: int,
-        restarts: int,
-        timeout: float,
-    ) -> None:
-        """Stores the arguments."""
-        self.ray, self.job, self.least, self.most = ray, job, least, most
-        self.resources, self.directory = resources, directory
-        self.save_every, self.restarts, self.timeout = save_every, restarts, timeout
+    ray: ModuleType
+    job: Job
+    least: int
+    most: int
+    resources: dict[str, float]
+    processes: int
+    directory: str
+    save_every: int
+    restarts: int
+    timeout: float
 
 
 class _Slot:
-    """A learner index with its current actor.
+    """A learner index with its current actors.
 
     Attributes:
-      actor: the actor, None if the learner is left out or has ended.
-      call: its training.
-      process: node and process id; None until it has started.
+      actors: an actor for each process, empty if the learner is left out or has ended.
+      calls: their training.
+      pending: their open questions for node and process id.
+      processes: node and process id of each; empty until all have started.
       active: time of the last sign of activity.
       failures: failures in a row.
     """
 
     def __init__(self) -> None:
-        """Starts without an actor."""
-        self.actor: Any = None
-        self.call: Any = None
-        self.pending: Any = None
-        self.process: tuple[str, int] | None = None
+        """Starts without actors."""
+        self.actors: list = []
+        self.calls: list = []
+        self.pending: list = []
+        self.processes: list[tuple[str, int]] = []
         self.active, self.failures = time.monotonic(), 0
 
 
 class _Watch:
-    """A syncer with its process and the open question for rows."""
+    """A syncer with its process, and the open questions for rows and process."""
 
     def __init__(self, actor: Any) -> None:
         """Stores the actor."""
         self.actor = actor
         self.process: tuple[str, int] | None = None
-        self.question: Any = None
+        self.questions: list = []
         self.asked, self.merge, self.done = 0.0, 0, False
 
 
@@ -207,11 +219,13 @@ class _Supervisor:
         ]
         self._learner = ray.remote(LearnerActor).options(
             runtime_env=runtime,
-            max_concurrency=2,
+            max_concurrency=settings.processes + 2,
             **actor_options(settings.resources),
         )
         self._slots = [_Slot() for _ in range(settings.most)]
-        self._last_error = ""
+        self._groups = placement_groups(
+            ray, settings.most, settings.processes, settings.resources
+        )
 
     def run(self, bar: Any, record: Callable) -> tuple[PyTree, History]:
         """Starts the learners and watches all processes until the job is done."""
@@ -228,7 +242,7 @@ class _Supervisor:
             bar.update(total - steps, [_bar_row(row) for row in rows])
             steps = total
             self._watch_learners()
-        calls = [slot.call for slot in self._slots if slot.actor is not None]
+        calls = [call for slot in self._slots if slot.actors for call in slot.calls]
         ray.wait(calls, num_returns=len(calls), timeout=5) if calls else None
         models = ray.get([watch.actor.finish.remote() for watch in watches])
         for row in self._new_rows(ask=True):
@@ -239,8 +253,8 @@ class _Supervisor:
 
     def close(self) -> None:
         """Ends all actors."""
-        actors = [slot.actor for slot in self._slots] + [w.actor for w in self._watches]
-        for actor in filter(None, actors):
+        actors = [actor for slot in self._slots for actor in slot.actors]
+        for actor in actors + [watch.actor for watch in self._watches]:
             with contextlib.suppress(Exception):
                 self._settings.ray.kill(actor)
 
@@ -248,20 +262,20 @@ class _Supervisor:
         """Returns rows of new merges; replaces syncers that do not answer."""
         ray, found = self._settings.ray, []
         for watch in self._watches:
-            if watch.question is None or ask:
-                watch.question = watch.actor.progress.remote(watch.merge)
+            if not watch.questions or ask:
+                # Ray may have restarted the process since the last question.
+                progress = watch.actor.progress.remote(watch.merge)
+                watch.questions = [progress, watch.actor.process.remote()]
                 watch.asked = time.monotonic()
             wait = 10.0 if ask else _POLL_SECONDS
-            ready, _ = ray.wait([watch.question], timeout=wait)
-            if ready:
-                rows, watch.done = ray.get(watch.question)
-                watch.question = None
+            _, missing = ray.wait(watch.questions, num_returns=2, timeout=wait)
+            if not missing:
+                (rows, watch.done), watch.process = ray.get(watch.questions)
+                watch.questions = []
                 found += rows
                 watch.merge = max([watch.merge, *(row["merge"] for row in rows)])
-                if watch.process is None:
-                    watch.process = ray.get(watch.actor.process.remote())
-            elif time.monotonic() - watch.asked > self._settings.timeout:
-                self._replace_syncer(watch)
+            elif time.monotonic() - watch.asked > _SILENCE_SECONDS:
+                self._wait_for_syncer(watch)
         for learner in {learner for row in found for learner in row["learners"]}:
             if learner < len(self._slots):
                 self._slots[learner].active = time.monotonic()
@@ -271,6 +285,17 @@ class _Supervisor:
             time.sleep(_POLL_SECONDS)
         return found
 
+    def _wait_for_syncer(self, watch: _Watch) -> None:
+        """Replaces a syncer that does not answer for too long.
+
+        The time does not count for learners, which cannot contribute.
+        """
+        now = time.monotonic()
+        for slot in self._slots:
+            slot.active = now
+        if now - watch.asked > self._settings.timeout:
+            self._replace_syncer(watch)
+
     def _replace_syncer(self, watch: _Watch) -> None:
         """Kills a syncer that does not answer; Ray restarts it."""
         if watch.process is not None:
@@ -278,37 +303,54 @@ class _Supervisor:
         watch.process, watch.asked = None, time.monotonic()
 
     def _start(self, index: int) -> None:
-        """Starts the actor of a learner."""
-        slot = self._slots[index]
+        """Starts the actors of a learner."""
+        slot, count = self._slots[index], self._settings.processes
         syncers = [watch.actor for watch in self._watches]
-        slot.actor = self._learner.remote()
-        slot.pending, slot.process = slot.actor.process.remote(), None
-        slot.call = slot.actor.train.remote(self._job, syncers, index)
+        slot.actors = [
+            self._learner.options(**options).remote()
+            for options in placements(self._groups[index], count)
+        ]
+        slot.pending, slot.processes = [a.process.remote() for a in slot.actors], []
+        slot.calls = [
+            actor.train.remote(
+                [self._job],
+                syncers,
+                index,
+                slot.actors[0] if rank else None,
+                rank,
+                count,
+            )
+            for rank, actor in enumerate(slot.actors)
+        ]
 
     def _watch_learners(self) -> None:
         """Replaces learners that have failed or contribute nothing."""
         ray, settings = self._settings.ray, self._settings
         for index, slot in enumerate(self._slots):
-            if slot.actor is None:
+            if not slot.actors:
                 continue
-            if slot.process is None and ray.wait([slot.pending], timeout=0)[0]:
-                slot.active = time.monotonic()
+            count = len(slot.actors)
+            if not slot.processes:
+                _, starting = ray.wait(slot.pending, num_returns=count, timeout=0)
+                slot.active = slot.active if starting else time.monotonic()
                 with contextlib.suppress(ray.exceptions.RayError):
-                    slot.process = ray.get(slot.pending)
-            if ray.wait([slot.call], timeout=0)[0]:
-                if (error := self._error(slot)) is None:
-                    slot.actor = None
-                else:
-                    self._replace(index, error)
-            elif slot.process and time.monotonic() - slot.active > settings.timeout:
-                kill_process(ray, *slot.process)
+                    slot.processes = [] if starting else ray.get(slot.pending)
+            ended, training = ray.wait(slot.calls, num_returns=count, timeout=0)
+            errors = list(filter(None, map(self._error, ended)))
+            if errors:
+                self._replace(index, errors[0])
+            elif not training:
+                slot.actors = []
+            elif slot.processes and time.monotonic() - slot.active > settings.timeout:
+                for process in slot.processes:
+                    kill_process(ray, *process)
                 self._replace(index, f"no contribution for {settings.timeout:g} s")
 
-    def _error(self, slot: _Slot) -> str | None:
-        """Returns why a learner has ended; None if the job is done for it."""
+    def _error(self, call: Any) -> str | None:
+        """Returns why the process of a learner has ended; None if the job is done."""
         ray = self._settings.ray
         try:
-            ray.get(slot.call)
+            ray.get(call)
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, JobMismatchError):
                 raise RuntimeError(str(error.cause)) from None
@@ -320,12 +362,13 @@ class _Supervisor:
     def _replace(self, index: int, error: str) -> None:
         """Removes a learner from the syncers and starts it again."""
         slot, settings = self._slots[index], self._settings
-        ray, self._last_error = settings.ray, error
-        with contextlib.suppress(ray.exceptions.RayError):
-            ray.kill(slot.actor)
+        ray = settings.ray
+        for actor in slot.actors:
+            with contextlib.suppress(ray.exceptions.RayError):
+                ray.kill(actor)
         for watch in self._watches:
             watch.actor.remove.remote(index)
-        slot.actor, slot.failures = None, slot.failures + 1
+        slot.actors, slot.failures = [], slot.failures + 1
         slot.active = time.monotonic()
         if slot.failures <= settings.restarts:
             self._start(index)
@@ -335,7 +378,7 @@ class _Supervisor:
             f"row; the last one: {error}",
             stacklevel=2,
         )
-        remaining = sum(other.actor is not None for other in self._slots)
+        remaining = sum(bool(other.actors) for other in self._slots)
         if remaining < settings.least:
             raise RuntimeError(
                 f"run(learners): {settings.least} are needed, {remaining} remain; "

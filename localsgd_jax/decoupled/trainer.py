@@ -1,11 +1,14 @@
 """Local computation of a learner: training steps on its own devices."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from localsgd_jax.asynchronous.state import get_shared_field
 from localsgd_jax.core import train_state
@@ -13,6 +16,7 @@ from localsgd_jax.core.metrics import metrics_by_name
 from localsgd_jax.core.pytrees import is_key, stack_leaves
 from localsgd_jax.core.types import Cluster, PyTree, State
 from localsgd_jax.decoupled.job import Job
+from localsgd_jax.distributed import arrays
 from localsgd_jax.execution.mean_model import consensus
 
 
@@ -65,13 +69,17 @@ def _single_worker(job: Job) -> Trainer:
 def _cluster(job: Job, cluster: Cluster) -> Trainer:
     """Makes a learner of several workers, synchronised before each contribution."""
 
+    def mean_over_row(x: jax.Array) -> jax.Array:
+        return arrays.local_replica(_mean_of_workers(x))
+
     def steps(state: State, batches: list) -> tuple[State, dict[str, jax.Array]]:
         collected = []
         for batch in batches:
             state, metrics = cluster.step(state, cluster.shard_batch(batch))
             collected.append(metrics)
         state = cluster.sync(state)
-        return state, metrics_by_name(stack_leaves(*collected), 2)
+        metrics = metrics_by_name(stack_leaves(*collected), 2)
+        return state, {name: mean_over_row(x) for name, x in metrics.items()}
 
     def write(state: State, params: PyTree) -> State:
         rows = get_shared_field(state.workers, job.field)
@@ -99,4 +107,12 @@ def _own_key(leaf: jax.Array, learner: int) -> jax.Array:
 def _broadcast(params: jax.Array, rows: jax.Array) -> jax.Array:
     """Repeats parameters for each worker, with the sharding of the workers."""
     repeated = np.broadcast_to(np.asarray(params, rows.dtype), rows.shape)
-    return jax.device_put(repeated, rows.sharding)
+    return arrays.device_put_global(repeated, rows.sharding)
+
+
+def _mean_of_workers(x: jax.Array) -> jax.Array:
+    """Returns means over workers, `(H, K)` to `(H,)`, with a copy on every device."""
+    mean = functools.partial(jnp.mean, axis=1)
+    if not isinstance(x.sharding, NamedSharding):
+        return mean(x)
+    return jax.jit(mean, out_shardings=NamedSharding(x.sharding.mesh, P()))(x)

@@ -131,6 +131,42 @@ def test_fragments_overlap_and_codecs_run_on_ray(tmp_path, changes):
     assert result["steps"] == STEPS // changes.get("fragments", 1)
 
 
+def test_two_processes_with_two_devices_each_are_one_learner(tmp_path):
+    settings = {"learners": 2, "processes": 2, "quorum": [1, 0.5], "steps": STEPS // 4}
+    with run(tmp_path, **settings) as job:
+        job.wait_for(lambda rows: all(contributed(rows, k, 2) for k in range(2)))
+        assert len(job.pids("learner")) == 4
+        moment = time.monotonic()
+        os.kill(job.pids("learner")[-1], signal.SIGKILL)
+        job.wait_for(lambda rows: rows[-1]["members"] == 1)
+        job.wait_for(
+            lambda rows: all(contributed(rows, k, 1, moment) for k in range(2))
+        )
+        result = job.end()
+    assert result["steps"] == STEPS // 4 and result["equal"]
+    assert result["loss"] == pytest.approx(undisturbed_loss(), rel=0.02)
+
+
+def throughput(rows, slow, pause):
+    """Returns the throughput over the sum of the speeds of the learners."""
+    first = next(i for i, _ in enumerate(rows) if started(rows[: i + 1]))
+    steps = rows[-1]["steps"] - rows[first]["steps"]
+    seconds = rows[-1]["seconds"] - rows[first]["seconds"]
+    return steps / seconds * pause / (3 + 1 / slow)
+
+
+def test_slow_learner_costs_less_than_a_tenth_of_the_throughput():
+    """Steps sleep, so that their time does not depend on the load of the machine."""
+    found, pause, slow = {}, 0.15, 4
+    for name, quorum, steps in (("decoupled", 3, 1200), ("lockstep", 4, 320)):
+        settings = {"quorum": [quorum, 0.0], "pause": pause, "slow": {"3": slow}}
+        with DecoupledProcess(learners=4, steps=steps, **settings) as job:
+            job.end()
+        found[name] = throughput(job.rows, slow, pause)
+    print("throughput over the ideal", found)
+    assert found["decoupled"] > 0.9 > 0.4 > found["lockstep"]
+
+
 def test_missing_resources_raise_one_line():
     job = DecoupledProcess(learners=2, steps=8, resources={"GPU": 1.0})
     with job:

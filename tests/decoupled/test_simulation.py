@@ -146,6 +146,25 @@ def test_overlap_hides_the_delay():
     assert ends[1] < 0.75 * ends[0]
 
 
+@pytest.mark.full
+def test_two_exchanges_in_flight_hide_more_of_the_delay():
+    ends = []
+    for exchanges in (1, 2):
+        changes = {"overlap": 2, "fragments": 2, "exchanges": exchanges}
+        merge = decoupled.quorum(2, grace=1.0)
+        job, log = make_job(steps=400, merge=merge, **changes), []
+        params, history = decoupled.simulate(
+            job, decoupled.Clock(2, delay=3.0), log=log
+        )
+        assert full_loss(params) < 0.6
+        last = history["steps"][history["fragment"] == 1][-1]
+        assert history["steps"][history["fragment"] == 0][-1] == last == 200
+        recomputed = decoupled.recompute(job, log)
+        assert recomputed.equal == 200 and not recomputed.different
+        ends.append(history["seconds"][-1])
+    assert ends[1] < 0.75 * ends[0]
+
+
 def test_slow_learner_costs_less_than_a_tenth_of_the_throughput():
     """Throughput over that of learners that never wait."""
 
@@ -238,7 +257,7 @@ def test_quorum_does_not_wait_for_a_learner_that_compiles():
     events = [contribution(2.0, 0, 2, 1.0), contribution(2.0, 1, 2, 1.0)]
     state, _ = run_events(job, *joins, *first, Join(1.0, 2, 1), *events)
     assert state.deadline == pytest.approx(1.0 + 2 * 1.0 + 1.0)
-    slow = [contribution(50.0, 2, 1, 1.0), contribution(51.0, 2, 2, 1.0)]
+    slow = [contribution(50.0, 2, 1, 1.0), Tick(60.0), contribution(61.0, 2, 2, 1.0)]
     state, _ = run_events(job, *joins, Join(1.0, 2, 1), *first, *events, *slow)
     assert state.members[2].interval == pytest.approx(1.0)
 
@@ -294,6 +313,7 @@ def test_idle_learner_gets_the_round_of_a_lost_one():
         ({"fragments": 3}, r"Job\(fragments\): it must divide every = 4"),
         ({"fragments": 4}, r"at most the 2 leaves"),
         ({"overlap": 5}, r"Job\(overlap\)"),
+        ({"overlap": 2, "exchanges": 2}, r"Job\(exchanges\)"),
         ({"params": {"w": jnp.zeros(3, int)}}, r"must be floating point"),
         ({"field": "weights"}, "no such field"),
         ({"merge": "immediate"}, r"Job\(merge\)"),

@@ -14,6 +14,13 @@ import uuid
 from harness.paths import ROOT, TESTS
 
 PROGRAM = TESTS / "programs" / "decoupled_run.py"
+# For a busy machine: Ray starts slowly, and its workers have the lowest priority.
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "RAY_raylet_start_wait_time_s": "150",
+    "RAY_worker_niceness": "0",
+    "RAY_memory_monitor_refresh_ms": "0",
+}
 ROLES = {"learner": "ray::LearnerActor", "syncer": "ray::SyncerActor"}
 
 
@@ -39,7 +46,8 @@ class DecoupledProcess:
             text=True,
             start_new_session=True,
             env=os.environ
-            | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
+            | ENVIRONMENT
+            | {"PYTHONPATH": path}
             | {"DECOUPLED_TEST": self.token},
         )
         self.output = []

@@ -5,6 +5,7 @@ and a head node without CPUs, and a further node of C CPUs for each line "C" on 
 """
 
 import atexit
+import functools
 import json
 import os
 import sys
@@ -13,11 +14,16 @@ import time
 
 import jax
 import numpy as np
-from harness.decoupled_jobs import batches, full_loss, make_job
+from harness.decoupled_jobs import BATCH, data, full_loss, make_job
+from harness.decoupled_jobs import batches as batches_of_one_worker
 
+import localsgd_jax as lsgd
 from localsgd_jax import decoupled
 
+DEVICES = 2  # Of each process, where a learner has several.
+
 ENVIRONMENT = {
+    "JAX_NUM_CPU_DEVICES": str(DEVICES),
     "JAX_PLATFORMS": "cpu",
     "NPROC": "16",
     "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
@@ -28,9 +34,9 @@ ENVIRONMENT = {
 # A node that is stopped is found dead after some seconds.
 HEALTH_CHECKS = {
     "health_check_initial_delay_ms": 1000,
-    "health_check_period_ms": 1000,
-    "health_check_timeout_ms": 2000,
-    "health_check_failure_threshold": 4,
+    "health_check_period_ms": 2000,
+    "health_check_timeout_ms": 5000,
+    "health_check_failure_threshold": 5,
 }
 
 
@@ -44,7 +50,7 @@ def start_cluster(nodes):
     atexit.register(cluster.shutdown)
 
     def add_node(cpus):
-        node = cluster.add_node(num_cpus=int(cpus))
+        node = cluster.add_node(wait=False, num_cpus=int(cpus))
         raylet = node.all_processes["raylet"][0].process
         # The workers of a raylet that is a zombie do not notice its end.
         threading.Thread(target=raylet.wait, daemon=True).start()
@@ -58,6 +64,17 @@ def start_cluster(nodes):
         add_node(cpus)
     threading.Thread(target=add_nodes, daemon=True).start()
     return cluster.address
+
+
+def on_all_devices(workers, algorithm):
+    """Places the workers of a learner on the devices of all its processes."""
+    return lsgd.on_mesh(algorithm, lsgd.worker_mesh(), workers)
+
+
+def batches_of_workers(workers, learner, start):
+    """Yields batches of all workers of a learner."""
+    seen = start * workers * BATCH
+    return lsgd.shuffled_batches(data(), workers, BATCH, examples_seen=seen)
 
 
 def write_start(directory, learner):
@@ -75,11 +92,11 @@ def main():
     if isinstance(settings["learners"], list):
         settings["learners"] = tuple(settings["learners"])
     pause, slow = settings.pop("pause", 0.02), settings.pop("slow", {})
-    processes = settings.pop("processes", None)
+    starts = settings.pop("starts", None)
 
     def paused_batches(learner, start):
-        if processes is not None:
-            write_start(processes, learner)
+        if starts is not None:
+            write_start(starts, learner)
         for batch in batches(learner, start):
             time.sleep(pause * slow.get(str(learner), 1))
             yield batch
@@ -89,7 +106,13 @@ def main():
         policy = decoupled.quorum(*settings.pop("quorum"))
     bits = settings.pop("bits", None)
     changes = {"compress": decoupled.integers(bits, 8)} if bits else {}
-    names = ("steps", "fragments", "overlap", "every")
+    if (processes_of_learner := settings.get("processes", 1)) > 1:
+        workers = DEVICES * processes_of_learner
+        changes["cluster"] = functools.partial(on_all_devices, workers)
+        batches = functools.partial(batches_of_workers, workers)
+    else:
+        batches = batches_of_one_worker
+    names = ("steps", "fragments", "overlap", "exchanges", "every")
     changes |= {name: settings.pop(name) for name in names if name in settings}
     job = make_job(merge=policy, batches=paused_batches, **changes)
 
@@ -117,10 +140,11 @@ def main():
         repeated, _ = decoupled.replay(job, log)
         pairs = zip(jax.tree.leaves(params), jax.tree.leaves(repeated), strict=True)
         result["equal"] = all(np.array_equal(a, b) for a, b in pairs)
-        plain = make_job(merge=policy, **changes)
-        recomputed = decoupled.recompute(plain, log)
-        result["recomputed"] = recomputed.equal
-        result["different"] = len(recomputed.different)
+        if processes_of_learner == 1:
+            plain = make_job(merge=policy, **changes)
+            recomputed = decoupled.recompute(plain, log)
+            result["recomputed"] = recomputed.equal
+            result["different"] = len(recomputed.different)
     print(json.dumps({"result": result}), flush=True)
 
 

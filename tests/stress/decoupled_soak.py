@@ -35,7 +35,7 @@ from harness.paths import ROOT
 
 from localsgd_jax import decoupled
 
-LEARNERS, QUORUM, GRACE, STEPS, PAUSE, TIMEOUT = 4, 2, 0.5, 9600, 0.05, 20.0
+LEARNERS, QUORUM, GRACE, STEPS, PAUSE, TIMEOUT = 4, 2, 0.5, 6400, 0.05, 30.0
 SETTINGS = {
     "learners": [1, LEARNERS],
     "nodes": [2, 2],
@@ -58,7 +58,8 @@ KINDS = {
     ("SIGKILL", "raylet"): 3,
     ("SIGSTOP 3 s", "raylet"): 1,
 }
-MIN_INTERVAL, MAX_INTERVAL, NEW_NODE_SECONDS = 1.0, 14.0, 2.0
+MIN_INTERVAL, MAX_INTERVAL, MAX_FAULTS = 1.0, 14.0, 30
+LAST_FAULT_STEPS = 0.8 * STEPS
 # Start of Ray, Python and JAX on a busy machine.
 MAX_RETURN_SECONDS, MAX_JOB_SECONDS = 120.0, 900
 MAX_STALL_SECONDS = GRACE + 1
@@ -101,7 +102,7 @@ def run_job(seed, baseline_loss):
         processes = Processes(directory)
         settings = SETTINGS | {
             "checkpoint": os.path.join(directory, "run"),
-            "processes": directory,
+            "starts": directory,
         }
         start = time.monotonic()
         with DecoupledProcess(**settings) as job:
@@ -119,12 +120,17 @@ def run_job(seed, baseline_loss):
 
 def inject_faults(rng, job, processes):
     """Sends signals until the job has ended; returns them."""
-    faults = []
+    faults, nodes = [], len(SETTINGS["nodes"])
     with contextlib.suppress(AssertionError):
         job.wait_for(lambda rows: len(processes.running()) == LEARNERS and rows)
-        while job.process.poll() is None and job.result is None:
+        while job.process.poll() is None and len(faults) < MAX_FAULTS:
             time.sleep(rng.uniform(MIN_INTERVAL, MAX_INTERVAL))
-            if job.process.poll() is None:
+            # A node is replaced, whether it was killed or Ray has found it dead.
+            lost = len(job.raylets) - sum(map(is_running, job.raylets))
+            if lost > nodes - len(SETTINGS["nodes"]):
+                nodes += 1
+                add_node(job)
+            if job.process.poll() is None and job.rows[-1]["steps"] < LAST_FAULT_STEPS:
                 faults += filter(None, [send_fault(rng, job, processes)])
     return faults
 
@@ -149,8 +155,6 @@ def send_fault(rng, job, processes):
         return None
     if pause:
         threading.Timer(float(pause[0]), resume, args=(pid,)).start()
-    if (kind, target) == ("SIGKILL", "raylet"):
-        threading.Timer(NEW_NODE_SECONDS, add_node, args=(job,)).start()
     return fault
 
 

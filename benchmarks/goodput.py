@@ -135,7 +135,6 @@ PUBLISHED = {
     "16 decoupled learners": 0.93,
 }
 CHIP_MTBFS = [YEAR * 2.0**k for k in range(-3, 5)]
-ROUNDS = 40  # Contributions of a learner on the virtual clock.
 PAUSE_FACTORS = [2.0**k for k in range(-3, 4)]
 
 
@@ -217,6 +216,11 @@ def clock_goodput(learners: int, quorum: int | None, rounds: int, seed: int) -> 
     }
 
 
+def rounds_of(learners: int) -> int:
+    """Returns the contributions of a learner on the virtual clock."""
+    return max(8, min(40, 5120 // learners))
+
+
 def separate(times: np.ndarray, setting: Setting) -> list[float]:
     """Returns failures of a learner that runs at that time."""
     kept: list[float] = []
@@ -284,7 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     )
     on_clock = [
-        clock_goodput(learners, quorum, ROUNDS, seed=0)
+        clock_goodput(learners, quorum, rounds_of(learners), seed=0)
         for learners in options.clock
         for quorum in (None, *([learners // 2] if learners <= 16 else []))
     ]

@@ -11,12 +11,14 @@ import json
 import os
 import sys
 import tempfile
+import time
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import optax
+import ray  # pyright: ignore[reportMissingImports]
 
 import localsgd_jax as lsgd
 from benchmarks import models
@@ -110,10 +112,18 @@ def losses_of_run(job: decoupled.Job, directory: str) -> list[tuple[float, float
     return found
 
 
+def wait_for_nodes(address: str) -> None:
+    """Connects to Ray and waits until each learner has a CPU."""
+    ray.init(address=address, logging_level="error", log_to_driver=False)
+    while ray.cluster_resources().get("CPU", 0) < LEARNERS:
+        time.sleep(0.5)
+
+
 def main() -> None:
     """Runs the job and prints the result."""
     address, name, rounds = sys.argv[1:]
     jax.config.update("jax_platforms", "cpu")
+    wait_for_nodes(address)
     job, counters = make_job(METHODS[name], int(rounds)), []
 
     def record(row: dict) -> None:

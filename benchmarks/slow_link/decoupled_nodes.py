@@ -12,7 +12,7 @@ import json
 import os
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +31,6 @@ ENVIRONMENT = {
     "RAY_raylet_start_wait_time_s": "150",
     "RAY_worker_niceness": "0",
     "RAY_memory_monitor_refresh_ms": "0",
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
 }
 
 
@@ -54,11 +53,12 @@ def ray_nodes(net: Network):
                 host,
                 command,
                 env=os.environ | ENVIRONMENT,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
             )
         )
-        time.sleep(10)
+        wait_until_started(processes[-1])
     try:
         yield address
     finally:
@@ -66,6 +66,17 @@ def ray_nodes(net: Network):
             process.terminate()
         for process in processes:
             process.wait(60)
+
+
+def wait_until_started(process: subprocess.Popen) -> None:
+    """Reads the output of `ray start` until the node runs, and the rest in a thread."""
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if "runtime started" in line:
+            threading.Thread(target=process.stdout.read, daemon=True).start()
+            return
+    raise RuntimeError(f"ray start: the node must run, got {''.join(lines)}")
 
 
 def measure(net: Network, mbit: float | None, rounds: int) -> list[dict]:
@@ -98,6 +109,7 @@ def measure(net: Network, mbit: float | None, rounds: int) -> list[dict]:
                 "MB counted": result["counted"] / 1e6,
             }
         )
+        print(json.dumps(rows[-1]), flush=True)
     return rows
 
 
@@ -139,8 +151,8 @@ def main() -> None:
         methods=LOCKSTEP, mbit=[options.mbit], seconds=options.seconds, tiny=False
     )
     with Network(2) as net:
-        rows = measure_model(net, "mlp", lockstep)
-        rows += measure(net, options.mbit, options.rounds)
+        rows = measure(net, options.mbit, options.rounds)
+        rows += measure_model(net, "mlp", lockstep)
     for row in rows:
         row.pop("losses", None)
     path = options.out / "slow_link_decoupled.json"

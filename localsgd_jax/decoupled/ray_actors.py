@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from localsgd_jax.checkpoint.lock import DirectoryLock
+from localsgd_jax.checkpoint.errors import CheckpointError
 from localsgd_jax.decoupled.event_log import (
     EventLog,
     fragment_directory,
@@ -33,6 +35,8 @@ from localsgd_jax.decoupled.syncer_host import SyncerHost
 from localsgd_jax.decoupled.syncer_state import is_done
 from localsgd_jax.distributed.launcher.ports import free_port
 from localsgd_jax.distributed.mismatches import describe_mismatches
+
+_LOCK_SECONDS = 30.0
 
 
 class SyncerActor:
@@ -57,6 +61,7 @@ class SyncerActor:
         """
         directory = fragment_directory(directory, fragment)
         os.makedirs(directory, exist_ok=True)
+        self._lock = _lock(directory)
         self._job, self._fragment, self._save_every = job, fragment, save_every
         self._storage = StateStorage(os.path.join(directory, "checkpoints"))
         syncer = make_syncer(job, fragment)
@@ -128,6 +133,7 @@ class SyncerActor:
         with self._condition:
             self._save()
             self._storage.close()
+            self._lock.release()
             return self._host.model()
 
     def _is_member(self, learner: int, session: int) -> bool:
@@ -169,6 +175,22 @@ class SyncerActor:
                     self._apply(Tick(0.0))
                     continue
                 self._condition.wait(min(deadline - now, 60.0))
+
+
+def _lock(directory: str) -> DirectoryLock:
+    """Locks the directory of a fragment; a process that was killed may still hold it.
+
+    Raises:
+      CheckpointError: if another one holds it for longer than `_LOCK_SECONDS`.
+    """
+    end = time.monotonic() + _LOCK_SECONDS
+    while True:
+        try:
+            return DirectoryLock(directory)
+        except CheckpointError:
+            if time.monotonic() > end:
+                raise
+        time.sleep(0.2)
 
 
 class LearnerActor:

@@ -91,7 +91,8 @@ def run(
       ValueError: if a number is out of range.
       ConnectionError: if there is no cluster at the address.
       RuntimeError: if the cluster lacks room for the least number of learners, so many
-        are left out that fewer remain, or a learner has another model or version.
+        are left out that fewer remain, a learner has another model or version, or
+        another job uses the directory.
 
     Example:
       >>> def train(job):
@@ -230,7 +231,11 @@ class _Supervisor:
     def run(self, bar: Any, record: Callable) -> tuple[PyTree, History]:
         """Starts the learners and watches all processes until the job is done."""
         ray, watches = self._settings.ray, self._watches
-        ray.get([watch.actor.remove_all.remote() for watch in watches])
+        try:
+            ray.get([watch.actor.remove_all.remote() for watch in watches])
+        except ray.exceptions.RayActorError as error:
+            line = str(error).strip().splitlines()[-1]
+            raise RuntimeError(f"run(): a syncer cannot start: {line}") from None
         steps = 0
         for index in range(len(self._slots)):
             self._start(index)

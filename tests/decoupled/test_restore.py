@@ -9,6 +9,7 @@ import pytest
 from harness.decoupled_jobs import make_job
 
 from localsgd_jax import decoupled
+from localsgd_jax.checkpoint import CheckpointError
 from localsgd_jax.decoupled import Contribution, Join
 from localsgd_jax.decoupled.event_log import EventLog, payload_like, read_events
 from localsgd_jax.decoupled.ray_actors import (
@@ -51,6 +52,7 @@ def test_restarted_syncer_has_the_state_of_the_one_before(tmp_path, save_every):
         time.sleep(0.01)
     with first._condition:  # Held until the checkpoint of the last event has started.
         first._storage._manager.wait_until_finished()
+    first._lock.release()  # As at the end of its process.
     second = open_syncer(job, tmp_path, save_every)
     jax.tree.map(np.testing.assert_array_equal, state_of(first), state_of(second))
     assert second.progress(0) == first.progress(0)
@@ -74,6 +76,15 @@ def test_call_of_a_removed_learner_ends(tmp_path):
     actor.remove(0)
     call.join(30)
     assert [answer.reply.kind for answer in answers] == ["rejoin"]
+
+
+def test_second_syncer_of_a_directory_raises(tmp_path, monkeypatch):
+    monkeypatch.setattr("localsgd_jax.decoupled.ray_actors._LOCK_SECONDS", 0.0)
+    first = open_syncer(make_job(), tmp_path, 1000)
+    with pytest.raises(CheckpointError, match="in use"):
+        open_syncer(make_job(), tmp_path, 1000)
+    first.finish()
+    open_syncer(make_job(), tmp_path, 1000)
 
 
 def test_incomplete_record_is_left_out(tmp_path):

@@ -218,11 +218,11 @@ class _Supervisor:
             )
             for f in range(job.fragments)
         ]
-        self._learner = ray.remote(LearnerActor).options(
-            runtime_env=runtime,
-            max_concurrency=settings.processes + 2,
-            **actor_options(settings.resources),
-        )
+        self._learner = ray.remote(LearnerActor)
+        self._options = actor_options(settings.resources) | {
+            "runtime_env": runtime,
+            "max_concurrency": settings.processes + 2,
+        }
         self._slots = [_Slot() for _ in range(settings.most)]
         self._groups = placement_groups(
             ray, settings.most, settings.processes, settings.resources
@@ -312,7 +312,7 @@ class _Supervisor:
         slot, count = self._slots[index], self._settings.processes
         syncers = [watch.actor for watch in self._watches]
         slot.actors = [
-            self._learner.options(**options).remote()
+            self._learner.options(**self._options, **options).remote()
             for options in placements(self._groups[index], count)
         ]
         slot.pending, slot.processes = [a.process.remote() for a in slot.actors], []

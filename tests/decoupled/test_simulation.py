@@ -20,6 +20,14 @@ from harness.decoupled_jobs import (
 import localsgd_jax as lsgd
 from localsgd_jax import asynchronous, decoupled
 from localsgd_jax.decoupled import Contribution, Failure, Join, Leave, Request, Tick
+from localsgd_jax.decoupled.learner import (
+    Answer,
+    Receive,
+    Send,
+    learner_program,
+    make_learner_functions,
+)
+from localsgd_jax.decoupled.syncer_host import SyncerHost
 
 POLICIES = {
     "immediate": decoupled.immediate(),
@@ -68,11 +76,44 @@ def test_equal_speeds_reproduce_the_virtual_clock_of_asynchronous():
     )
     job = make_job(steps=rounds * workers * EVERY)
     params, history = decoupled.simulate(job, decoupled.Clock(workers))
-    for name in params:
-        np.testing.assert_allclose(
-            params[name], state.aggregate[name], rtol=1e-5, atol=1e-6
-        )
+    assert_equal_bits(params, state.aggregate)
     assert history["staleness"].max() == workers - 1
+
+
+def advance(program, answer):
+    """Returns the event that a learner sends after an answer."""
+    effect = program.send(answer)
+    while not isinstance(effect, Receive):
+        event = effect.event if isinstance(effect, Send) else None
+        effect = program.send(None)
+    return event
+
+
+@pytest.mark.full
+def test_threads_and_syncer_have_equal_bits_in_one_order():
+    """All batches are equal, so that the order of the updates defines the result."""
+    workers, batch = 3, jax.tree.map(lambda x: x[None, :BATCH], data())
+    cluster = asynchronous.on_threads(algorithm(), jax.devices()[:workers])
+    rows = [jax.tree.map(lambda x: np.repeat(x, workers, 0), batch)] * (5 * EVERY)
+    state, history = cluster.run(
+        cluster.init(initial_params()),
+        rows,
+        schedule=EVERY,
+        delay_fn=lambda k, _: k / 50,
+    )
+    job = make_job(batches=lambda learner, start: itertools.repeat(batch))
+    host = SyncerHost(decoupled.make_syncer(job))
+    functions = make_learner_functions(job)
+    programs = [learner_program(functions, k, k) for k in range(workers)]
+    answers: list = [None] * workers
+    for k in [*range(workers), *history["worker"]]:
+        event = advance(programs[k], answers[k])
+        (reply,) = host.apply(event)
+        answers[k] = Answer(reply, host.model())
+    assert len(history["worker"]) == host.state.version == 5 * workers
+    names = {"['b']": "b", "['w']": "w"}
+    model = {names[path]: leaf for path, leaf in host.model().items()}
+    assert_equal_bits(model, state.aggregate)
 
 
 @pytest.mark.parametrize("name", POLICIES)

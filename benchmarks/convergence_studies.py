@@ -150,13 +150,16 @@ SNOO = {
     for name, inner in INNERS.items()
     for h in (8, 32)
 }
-SPARSE = {
-    "DiLoCo, H = 8": Method(lsgd.diloco, _every(8)),
-    "SparseLoCo, H = 8": Method(lsgd.sparseloco, _every(8)),
-    "SparseLoCo without decay, H = 8": Method(
-        partial(lsgd.sparseloco, decay=1.0), _every(8)
-    ),
-}
+SPARSE, SPARSE_30 = (
+    {
+        f"DiLoCo, H = {h}": Method(lsgd.diloco, _every(h)),
+        f"SparseLoCo, H = {h}": Method(lsgd.sparseloco, _every(h)),
+        f"SparseLoCo without decay, H = {h}": Method(
+            partial(lsgd.sparseloco, decay=1.0), _every(h)
+        ),
+    }
+    for h in (8, 30)
+)
 CORRECTED = {
     f"{name}, H = {h}": Method(rule, _every(h), 4, sgd)
     for h in (8, 32)
@@ -247,11 +250,13 @@ def mnist(width: int = 128) -> Task:
 
 
 small_text = partial(transformer, Shakespeare, width=48, steps=512, rate=8e-3)
+long_text = partial(small_text, width=32, context=32, steps=1920)
 STUDIES = {
     "text": Study(partial(transformer, HelpTopics), VARIANTS),
     "mnist": Study(mnist, VARIANTS),
     "muon": Study(small_text, MUON),
     "snoo": Study(small_text, SNOO),
     "sparse": Study(small_text, SPARSE),
+    "sparse_30": Study(long_text, SPARSE_30),
     "corrected": Study(partial(small_text, in_parts=True), CORRECTED),
 }

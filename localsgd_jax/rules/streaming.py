@@ -4,6 +4,7 @@ import math
 import numbers
 import re
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -11,8 +12,10 @@ import jax.numpy as jnp
 
 from localsgd_jax.core.call_names import call_name
 from localsgd_jax.core.pieces import on_pieces, piece_shapes, with_specs
+from localsgd_jax.core.pytrees import is_key
 from localsgd_jax.core.types import PyTree, RuleState, SyncContext, SyncRule
 from localsgd_jax.core.validation import check, check_int, check_rule, describe
+from localsgd_jax.rules.packed_results import pack, unpack, vector_sizes
 
 _NUMBER = re.compile(r"\d+")
 
@@ -117,15 +120,13 @@ def fragment(
         fragment_round = slot // n * rounds_per_fragment + round_in_slot + 1
         fragment_context = context._replace(round=fragment_round)
 
-        def sync_fragment(p: int) -> Callable:
-            return lambda tree, state: _apply(
-                rule, p, groups[p], tree, state, fragment_context
-            )
+        def sync_fragment(p: int, tree: PyTree, state: RuleState) -> tuple:
+            return _apply(rule, p, groups[p], tree, state, fragment_context)
 
         if not isinstance(slot, jax.Array):
-            return sync_fragment(slot % n)(tree, state)
-        branches = [sync_fragment(p) for p in range(n)]
-        return jax.lax.switch(slot % n, branches, tree, state)
+            results = sync_fragment(slot % n, tree, state)
+            return _update(slot % n, groups[slot % n], tree, state, results, context)
+        return _switch(slot % n, sync_fragment, groups, tree, state, context)
 
     name = call_name(
         "fragment",
@@ -203,13 +204,26 @@ def _apply(
     tree: PyTree,
     state: RuleState,
     context: SyncContext,
-) -> tuple[PyTree, RuleState]:
-    """Applies a rule to fragment p."""
-    leaves, structure = jax.tree.flatten(tree)
+) -> tuple[list[jax.Array], RuleState]:
+    """Returns the new values and the new state of fragment p."""
     fragment_state = RuleState(state.shared[p], state.local[p])
     slice_context = context._replace(specs=_slice_specs(group, context.specs))
-    slices = _slices(leaves, group, context)
-    values, new = rule.apply(slices, fragment_state, slice_context)
+    slices = _slices(jax.tree.leaves(tree), group, context)
+    return rule.apply(slices, fragment_state, slice_context)
+
+
+def _update(
+    p: int,
+    group: list[LeafSlice],
+    tree: PyTree,
+    state: RuleState,
+    results: tuple[list[jax.Array], RuleState],
+    context: SyncContext,
+) -> tuple[PyTree, RuleState]:
+    """Replaces the values and the state of fragment p."""
+    leaves, structure = jax.tree.flatten(tree)
+    values, new = results
+    slice_context = context._replace(specs=_slice_specs(group, context.specs))
     updated = _update_slices(leaves, group, values, slice_context)
     for leaf_slice, leaf in zip(group, updated, strict=True):
         leaves[leaf_slice.leaf] = leaf
@@ -218,6 +232,52 @@ def _apply(
         _replace_item(state.local, p, new.local),
     )
     return structure.unflatten(leaves), new_state
+
+
+def _switch(
+    p: jax.Array,
+    sync_fragment: Callable,
+    groups: list[list[LeafSlice]],
+    tree: PyTree,
+    state: RuleState,
+    context: SyncContext,
+) -> tuple[PyTree, RuleState]:
+    """Synchronises fragment p, a traced number."""
+    indices = range(len(groups))
+    if context.specs is not None or any(map(is_key, jax.tree.leaves((tree, state)))):
+
+        def branch(q: int, tree: PyTree, state: RuleState) -> tuple:
+            results = sync_fragment(q, tree, state)
+            return _update(q, groups[q], tree, state, results, context)
+
+        branches = [partial(branch, q) for q in indices]
+        return jax.lax.switch(p, branches, tree, state)
+
+    leaves = jax.tree.leaves(tree)
+    parts = [
+        (_slices(leaves, groups[q], context), state.shared[q], state.local[q])
+        for q in indices
+    ]
+    sizes = [vector_sizes(part) for part in zip(*parts, strict=True)]
+
+    def packed_branch(q: int, tree: PyTree, state: RuleState) -> list[dict]:
+        values, new = sync_fragment(q, tree, state)
+        return list(map(pack, (values, *new), sizes))
+
+    branches = [partial(packed_branch, q) for q in indices]
+    packed = jax.lax.switch(p, branches, tree, state)
+    # A conditional that returns the tree copies what its branch leaves unchanged. A
+    # loop of zero iterations or one updates a fragment in place.
+    for q in indices:
+
+        def write(_: int, carry: tuple, q: int = q) -> tuple:
+            values, shared, local = map(unpack, packed, parts[q])
+            results = values, RuleState(shared, local)
+            return _update(q, groups[q], *carry, results, context)
+
+        count = jnp.int32(p == q)
+        tree, state = jax.lax.fori_loop(0, count, write, (tree, state))
+    return tree, state
 
 
 def _slice_specs(group: list[LeafSlice], specs: PyTree | None) -> list | None:

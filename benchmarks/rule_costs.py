@@ -1,6 +1,7 @@
 """Bytes, state and time of a synchronisation with each rule.
 
-Command: python -m benchmarks.rule_costs (4 minutes; --size 25000000 takes 10)
+Command: python -m benchmarks.rule_costs (4 minutes; --size 25000000 takes 10;
+--repeats 0 --json benchmarks/results/rule_costs.json measures no times)
 Expected on two cores: quantize(…, 4) sends an eighth of the bytes of average().
 
 Bytes are those that one of K = 8 workers sends per round by the ring formulas, read
@@ -34,18 +35,40 @@ SGD = optax.sgd(0.7)
 
 
 class Row(NamedTuple):
-    """A rule, and the number of rounds until its synchronisations repeat."""
+    """A rule and its measured program.
+
+    Attributes:
+      rule: makes the rule.
+      rounds_per_cycle: number of rounds until its synchronisations repeat.
+      has_statistics: whether the leaves are means and variances, half of each.
+    """
 
     rule: Callable
     rounds_per_cycle: int = 1
+    has_statistics: bool = False
 
 
 ROWS = {
     "average()": Row(lambda: lsgd.average()),
     "identity()": Row(lambda: lsgd.identity()),
     "flatten(average())": Row(lambda: lsgd.flatten(lsgd.average())),
+    "chain(average(), identity())": Row(
+        lambda: lsgd.chain(lsgd.average(), lsgd.identity())
+    ),
+    "when(every(2), average())": Row(
+        lambda: lsgd.when(lsgd.every(2), lsgd.average()), 2
+    ),
+    "floating_only(average())": Row(lambda: lsgd.floating_only(lsgd.average())),
+    "reset_to_init()": Row(lambda: lsgd.reset_to_init()),
+    "merge_batch_stats()": Row(lambda: lsgd.merge_batch_stats(), 1, True),
+    "ema(average(), 0.9)": Row(lambda: lsgd.ema(lsgd.average(), 0.9)),
+    "with_diagnostics(average())": Row(lambda: lsgd.with_diagnostics(lsgd.average())),
     "outer(sgd)": Row(lambda: lsgd.outer(SGD)),
     "diloco()": Row(lambda: lsgd.diloco()),
+    "slowmo()": Row(lambda: lsgd.slowmo()),
+    "fedavgm()": Row(lambda: lsgd.fedavgm()),
+    "lookahead()": Row(lambda: lsgd.lookahead()),
+    "snoo()": Row(lambda: lsgd.snoo()),
     "fedadam()": Row(lambda: lsgd.fedadam()),
     "shard_state(fedadam(), 8)": Row(lambda: lsgd.shard_state(lsgd.fedadam(), WORKERS)),
     "elastic_average()": Row(lambda: lsgd.elastic_average()),
@@ -111,6 +134,12 @@ def parameters(size: int, leaves: int) -> dict:
     return {f"layer{i}": np.zeros(leaf_size, np.float32) for i in range(leaves)}
 
 
+def statistics(size: int, leaves: int) -> dict:
+    """Returns a tree of equal means and variances, by layer."""
+    half = np.zeros(size // leaves // 2, np.float32)
+    return {f"layer{i}": {"mean": half, "var": half} for i in range(leaves)}
+
+
 def make_cluster(rule: lsgd.SyncRule) -> lsgd.Cluster:
     mesh = jax.make_mesh((WORKERS,), ("worker",), devices=jax.devices()[:WORKERS])
     algorithm = lsgd.from_train_step(lambda state, batch: (state, {}), rule)
@@ -131,37 +160,49 @@ def mean_bytes_sent(
 
 def measure(size: int, leaves: int, repeats: int, names: list[str]) -> list[dict]:
     params = parameters(size, leaves)
-    payload = sum(leaf.nbytes for leaf in params.values())
     rows = []
     _, base_state, base_sync = _compile_sync(ROWS["average()"].rule(), params)
     for name in names:
-        cluster, state, sync = _compile_sync(ROWS[name].rule(), params)
+        rows.append(count_costs(name, size, leaves))
+        if not repeats:
+            print(_format_row(rows[-1]), flush=True)
+            continue
+        _, state, sync = _compile_sync(ROWS[name].rule(), params)
         count = repeats * ROWS[name].rounds_per_cycle
         state, seconds = _median_seconds(sync, state, count)
         base_state, base_seconds = _median_seconds(base_sync, base_state, repeats)
-        rows.append(
-            {
-                "rule": name,
-                "MB": mean_bytes_sent(cluster, state, ROWS[name].rounds_per_cycle)
-                / 1e6,
-                "shared": _bytes(state.shared) / payload,
-                "local": _local_bytes(state) / WORKERS / payload,
-                "seconds": seconds,
-                "ratio": seconds / base_seconds,
-            }
-        )
+        rows[-1] |= {"seconds": seconds, "ratio": seconds / base_seconds}
         del state
         print(_format_row(rows[-1]), flush=True)
     return rows
 
 
-def _compile_sync(rule: lsgd.SyncRule, params: dict) -> tuple:
-    """Returns the cluster of a rule, a state, and its compiled synchronisation."""
+def count_costs(name: str, size: int, leaves: int) -> dict:
+    """Returns the bytes and the state of a rule from its compiled program."""
+    row = ROWS[name]
+    params = (statistics if row.has_statistics else parameters)(size, leaves)
+    payload = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    cluster, state = _initial(row.rule(), params)
+    return {
+        "rule": name,
+        "MB": mean_bytes_sent(cluster, state, row.rounds_per_cycle) / 1e6,
+        "shared": _bytes(state.shared) / payload,
+        "local": _local_bytes(state) / WORKERS / payload,
+    }
+
+
+def _initial(rule: lsgd.SyncRule, params: dict) -> tuple[lsgd.Cluster, lsgd.State]:
+    """Returns the cluster of a rule and its initial state."""
     cluster = make_cluster(rule)
     start = {"params": params, "correction": params}
     start |= {"opt_state": optax.adam(1e-3).init(params)}
     fields = {"params", *", ".join(cluster.algorithm.rule_names).split(", ")}
-    state = cluster.init({name: start[name] for name in sorted(fields)})
+    return cluster, cluster.init({name: start[name] for name in sorted(fields)})
+
+
+def _compile_sync(rule: lsgd.SyncRule, params: dict) -> tuple:
+    """Returns the cluster of a rule, a state, and its compiled synchronisation."""
+    cluster, state = _initial(rule, params)
     sync = jax.jit(cluster.sync, donate_argnums=0)
     return cluster, jax.block_until_ready(sync(state)), sync
 
@@ -189,9 +230,10 @@ def _bytes(tree) -> int:
 
 
 def _format_row(row: dict) -> str:
+    ratio = f"{row['ratio']:.2f}" if "ratio" in row else ""
     return (
         f"| `{row['rule']}` | {row['MB']:.3f} | {row['shared']:.3g} P + "
-        f"{row['local']:.3g} P per worker | {row['ratio']:.2f} |"
+        f"{row['local']:.3g} P per worker | {ratio} |"
     )
 
 

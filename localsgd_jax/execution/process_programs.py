@@ -136,7 +136,7 @@ class ProcessPrograms:
 
         def sync_program(state: State, reports: jax.Array) -> tuple[State, jax.Array]:
             repeats = group.cluster.num_workers // len(reports)
-            weight = jnp.repeat(reports[:, 0], repeats) if weighted else None
+            weight = jnp.repeat(_relative(reports[:, 0]), repeats) if weighted else None
             return group.cluster.sync(state, weight), reports
 
         state = group.view(state)
@@ -180,3 +180,9 @@ def _from_shards(shape: tuple, sharding: NamedSharding, x: jax.Array) -> jax.Arr
     """Creates an array from the local shards of another array, without copying."""
     shards = [shard.data for shard in x.addressable_shards]
     return jax.make_array_from_single_device_arrays(shape, sharding, shards)
+
+
+def _relative(weights: jax.Array) -> jax.Array:
+    """Divides weights by the largest, so that equal weights are exactly 1."""
+    largest = jnp.max(weights)
+    return weights / jnp.where(largest > 0, largest, 1)

@@ -78,13 +78,13 @@ def train(
       schedule: a period, or a schedule: a predicate on the number of local steps.
       steps: most local steps of this call; None for all batches.
       round_deadline: seconds. A process whose round has lasted that long ends it with
-        the local steps that it has taken, at least one, and workers are weighted by
-        their local steps. None: all workers take equally many.
+        the local steps that it has taken, at least one. None: all workers take
+        equally many.
       weights: name of a metric, such as "tokens", whose sum over the local steps of the
         round is the weight of a worker, or `weighted_by(metric, formula)`; the workers
         of a process have the mean of their sums. "examples" also stands for the rows of
         the batches, so that processes may have batches of different sizes. None: the
-        number of local steps with a `round_deadline`, else equal weights.
+        metric "tokens" if there is one, else "examples".
       overlap: whether the next round is computed while the synchronisation is in
         flight, as with the rule `overlap`.
       evaluate: as in `localsgd_jax.train`. Given in all processes, which compute the

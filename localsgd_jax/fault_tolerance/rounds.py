@@ -32,7 +32,7 @@ from localsgd_jax.fault_tolerance.status import (
     stopping_processes,
 )
 from localsgd_jax.training.columns import check_column_names
-from localsgd_jax.training.round_weights import MetricWeights
+from localsgd_jax.training.round_weights import MetricWeights, count_metric
 
 CHUNKS_PER_ROUND = 8
 MAX_STEPS_PER_DISPATCH = 64
@@ -107,10 +107,10 @@ def start_sync(
     Returns:
       The synchronisation in flight.
     """
-    weighted, packed = run.limits.is_weighted, report.pack()
+    packed = report.pack()
 
     def sync(devices: list) -> tuple[State, np.ndarray]:
-        return run.cluster.sync(state, packed, devices, weighted)
+        return run.cluster.sync(state, packed, devices, weighted=True)
 
     def timed_sync() -> tuple[State, np.ndarray, float]:
         start = time.monotonic()
@@ -229,7 +229,7 @@ def _round_weight(
     """Returns the weight of the workers of this process in a round.
 
     Args:
-      weights: weights by a metric; None for the number of local steps.
+      weights: weights by a metric; None for the metric "tokens" or "examples".
       report: steps and metrics of the round.
       examples: rows of the batches of one worker, for a training step without the
         metric "examples".
@@ -240,9 +240,10 @@ def _round_weight(
     Raises:
       ValueError: if there is no such metric.
     """
-    if weights is None or not report.steps:
-        return float(report.steps)
+    if not report.steps:
+        return 0.0
     metrics = {"examples": examples / report.steps, **report.metrics}
+    weights = weights or MetricWeights(count_metric(report.metrics) or "examples")
     text = f"{weights.metric!r} must be a metric with one number per worker"
     check(weights.metric in metrics, "train(weights)", text, sorted(metrics))
     return float(weights(metrics[weights.metric] * report.steps, report.steps))

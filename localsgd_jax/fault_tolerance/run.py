@@ -27,7 +27,7 @@ class RoundLimits:
       round_deadline: seconds after which a round ends with fewer local steps, and at
         least one dispatch; None for no deadline.
       min_processes: number of processes below which the run ends.
-      weights: weights of the workers by a metric, or None.
+      weights: weights of the workers by a metric; None for tokens or examples.
 
     Raises:
       TypeError: if a number has the wrong type.
@@ -39,12 +39,6 @@ class RoundLimits:
     round_deadline: float | None
     min_processes: int
     weights: MetricWeights | None = None
-
-    @property
-    def is_weighted(self) -> bool:
-        """Whether workers have different weights."""
-        # Processes take different numbers of steps only if a round has a deadline.
-        return self.round_deadline is not None or self.weights is not None
 
     def __post_init__(self) -> None:
         """Validates the schedule and the numbers."""

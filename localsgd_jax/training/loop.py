@@ -63,11 +63,12 @@ def train(
         batches end first, as in `zip`.
       schedule: a period, or a schedule: a predicate on the number of local steps.
       steps: most local steps of this call; None for all batches.
-      weights: weight of each worker in the means of a round; None for equal weights.
-        `(K,)`; a function from the number of the round, 1 for the first, to `(K,)`; the
-        name of a metric, such as "examples" or "tokens", whose sum over the local steps
-        of the round is the weight; or `weighted_by(metric, formula)`. If a run is
-        resumed within a round, the sum has the steps of this call only.
+      weights: weight of each worker in the means of a round: `(K,)`; a function from
+        the number of the round, 1 for the first, to `(K,)`; the name of a metric, whose
+        sum over the local steps of the round is the weight; or
+        `weighted_by(metric, formula)`. None: the metric "tokens", or else "examples",
+        if the training step has one, else equal weights. If a run is resumed within a
+        round, the sum has the steps of this call only.
       evaluate: `evaluate(model)`, with the mean model; returns a number or a dict of
         numbers.
       evaluate_every: rounds with a multiple of this number are evaluated, and the last.

@@ -1,7 +1,7 @@
 """Weights of workers in a round: constants, by the round, or by a metric."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -35,6 +35,9 @@ class MetricWeights:
         """Returns the call that made these weights, equal in all processes."""
         return call_name("weighted_by", self.metric, formula=self.formula)
 
+
+# Metrics that are the weights of workers if no others are given, the first that exists.
+COUNTS = ("tokens", "examples", "aux.tokens", "aux.examples")
 
 Weights = jax.typing.ArrayLike | Callable | str | MetricWeights | None
 
@@ -101,13 +104,15 @@ class RoundWeights:
 
         Args:
           weights: `Weights`: `(K,)`, a function of the round number, the name of a
-            metric, `weighted_by(...)`, or None for equal weights.
+            metric, `weighted_by(...)`, or None for a metric of `COUNTS` or equal
+            weights.
           workers: K.
         """
         if isinstance(weights, str):
             weights = weighted_by(weights)
         is_metric = isinstance(weights, MetricWeights)
         self.metric_weights = weights if is_metric else None
+        self._counts = weights is None
         self._function = weights if callable(weights) and not is_metric else None
         constant: Any = None if is_metric or callable(weights) else weights
         self._constant = check_weights(constant, workers, "train(weights)")
@@ -137,10 +142,16 @@ class RoundWeights:
         self, totals: RoundTotals | None, metrics: PyTree, ndim: int = 2
     ) -> RoundTotals | None:
         """Adds the metric of local steps, leaves `(H, K)`, to the sums of a round."""
-        if totals is None or self.metric_weights is None:
+        if self.metric_weights is None and not self._counts:
             return None
-        values = _find_metric(metrics_by_name(metrics, ndim), self.metric_weights)
+        named = metrics_by_name(metrics, ndim)
+        name = count_metric(named)
+        weights = self.metric_weights or (name and MetricWeights(name))
+        if not weights:
+            return None
+        values = _find_metric(named, weights)
         total = jnp.sum(values, axis=0, dtype=jnp.float32)
+        totals = totals or RoundTotals(np.float32(0), np.float32(0))
         return RoundTotals(totals.metric + total, totals.steps + len(values))
 
     def weight(
@@ -152,8 +163,9 @@ class RoundWeights:
           given: a row of `given`, or None.
           totals: sums over the round, or None.
         """
-        if totals is not None and self.metric_weights is not None:
-            return self.metric_weights(totals.metric, totals.steps)
+        if totals is not None:
+            formula = self.metric_weights or (lambda total, steps: total)
+            return formula(totals.metric, totals.steps)
         return self._constant if given is None else given
 
     def fingerprint(self, first_round: int) -> str:
@@ -176,6 +188,23 @@ class RoundWeights:
         text = f"it must return the weights of round {number}"
         check(weights is not None, "train(weights)", text, weights)
         return np.asarray(check_weights(weights, self._workers, "train(weights)"))
+
+
+def count_metric(names: Iterable[str]) -> str | None:
+    """Returns the name of the metric that counts tokens or examples, if there is one.
+
+    Args:
+      names: names of metrics.
+
+    Returns:
+      The first of "tokens", "examples", "aux.tokens" and "aux.examples".
+
+    Example:
+      >>> count_metric(["loss", "examples", "tokens"]), count_metric(["loss"])
+      ('tokens', None)
+    """
+    found = set(names)
+    return next((name for name in COUNTS if name in found), None)
 
 
 def _find_metric(metrics: Mapping[str, jax.Array], weights: MetricWeights) -> jax.Array:

@@ -37,6 +37,12 @@ MORE_RULES = {
     "fragment_quantize": lsgd.fragment(
         outer(lsgd.quantize(MEAN, 4, block=8)), 2, split_axis=1
     ),
+    "sparseloco": lsgd.sparseloco(),
+    "snoo": lsgd.snoo(),
+    "desloc": lsgd.desloc(),
+    "quantize_eager": lsgd.eager_outer(
+        optax.sgd(0.7), lsgd.quantize(MEAN, 4, block=8, encoding="e3m0")
+    ),
     "global_norm": lsgd.outer(
         optax.chain(optax.clip_by_global_norm(0.01), optax.sgd(0.7))
     ),
@@ -44,7 +50,7 @@ MORE_RULES = {
 ALL_RULES = {name: case.rule for name, case in RULES.items()} | MORE_RULES
 # A piece is compressed, selected or cut by itself, which gives other numbers than the
 # complete tree.
-PER_PIECE = ("quantize", "top_k", "chunked_top_k", "fragment_")
+PER_PIECE = ("quantize", "top_k", "chunked_top_k", "sparseloco", "fragment_")
 # By default: one rule for each way to work on pieces.
 DEFAULT = ("quantize_4", "shard_state", "with_diagnostics")
 SPECS = {

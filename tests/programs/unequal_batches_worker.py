@@ -48,7 +48,6 @@ def main(coordinator, num_processes, process):
         cluster.init(jnp.zeros(4)),
         batches(int(process)),
         schedule=1,
-        weights="examples",
         progress=False,
     )
     params = np.asarray(state.workers.params)[0].tolist()

@@ -91,7 +91,34 @@ def test_metric_with_a_rule_that_chooses_by_the_round():
     assert_close(state.workers, loop(lambda r, tokens: tokens, rule).workers)
 
 
-def test_unequal_batches_with_padding_and_masks():
+@pytest.mark.parametrize(
+    "size", [in_full(64), 3]
+)  # A round is part of a dispatch, or longer.
+def test_without_weights_a_count_of_tokens_is_the_weight(size):
+    state = train(None, "lanes", max_steps_per_dispatch=size)
+    assert_close(state.workers, loop(lambda r, tokens: tokens).workers)
+    ones = train(np.ones(WORKERS), "lanes", max_steps_per_dispatch=size)
+    expected = loop(lambda r, tokens: np.ones(WORKERS))
+    assert_close(ones.workers, expected.workers)
+
+
+def test_counts_by_name():
+    values = jnp.ones((3, WORKERS))
+    weights = RoundWeights(None, WORKERS)
+    for name in ("tokens", "examples"):
+        metrics = {"loss": values, name: 2 * values}
+        for tree in (metrics, {"loss": values, "aux": {name: 2 * values}}):
+            totals = weights.add(weights.add(None, tree), tree)
+            np.testing.assert_array_equal(weights.weight(None, totals), 12.0)
+    both = weights.add(None, {"examples": values, "tokens": 2 * values})
+    np.testing.assert_array_equal(weights.weight(None, both), 6.0)
+    assert weights.weight(None, weights.add(None, {"loss": values})) is None
+    given = RoundWeights(np.ones(WORKERS), WORKERS)
+    assert given.add(None, {"tokens": values}) is None
+
+
+@pytest.mark.parametrize("weights", [None, "aux.examples"])
+def test_unequal_batches_with_padding_and_masks(weights):
     """Local SGD with H = 1 equals a step on the union of all examples."""
     sizes, rng = np.array([1, 4, 2, 3]), np.random.default_rng(0)
     x = rng.normal(size=(4, 4, 3)).astype(np.float32)
@@ -110,7 +137,7 @@ def test_unequal_batches_with_padding_and_masks():
         cluster.init(jnp.zeros(3)),
         [(x, mask)],
         schedule=1,
-        weights="aux.examples",
+        weights=weights,
         progress=False,
     )
     union = np.concatenate([x[k, : sizes[k]] for k in range(4)]).astype(np.float64)
@@ -121,11 +148,13 @@ def test_weights_of_a_fault_tolerant_round():
     """Rows of the batches without the metric "examples"; else its sum."""
     report = RoundReport(4, 0.5, 0, 0, {"loss": 1.0, "tokens": 8.0})
     by_tokens, by_examples = map(lsgd.weighted_by, ("tokens", "examples"))
-    assert _round_weight(None, report, 12) == 4
+    assert _round_weight(None, report, 12) == 32
     assert _round_weight(by_tokens, report, 12) == 32
     assert _round_weight(by_examples, report, 12) == 12
     counted = report._replace(metrics={"examples": 2.5})
     assert _round_weight(by_examples, counted, 12) == 10
+    assert _round_weight(None, counted, 12) == 10
+    assert _round_weight(None, report._replace(metrics={"loss": 1.0}), 12) == 12
     squared = lsgd.weighted_by("tokens", lambda total, steps: total**2 / steps)
     assert _round_weight(squared, report, 12) == 256
     assert _round_weight(by_tokens, report._replace(steps=0), 0) == 0

@@ -1,6 +1,6 @@
 """Entry point of the command `localsgd`, also `python -m localsgd_jax`."""
 
-_EXTRA = {"click", "matplotlib", "pooch", "scipy", "sklearn", "tqdm"}
+_EXTRA = {"click", "matplotlib", "plotly", "pooch", "scipy", "sklearn", "tqdm"}
 
 
 def main() -> None:
@@ -20,7 +20,8 @@ def main() -> None:
         if (error.name or "").partition(".")[0] not in _EXTRA:
             raise
         raise SystemExit(
-            'localsgd needs its command-line extra: pip install "localsgd-jax[cli]"'
+            "Error: localsgd needs its command-line extra: "
+            'pip install "localsgd-jax[cli]"'
         ) from None
 
 

@@ -17,7 +17,7 @@ LAYERS = ROOT / "docs" / "development" / "layers.md"
 # What `experiments` may use besides the names of `localsgd_jax` itself.
 PUBLIC = {
     *("localsgd_jax", "asynchronous", "checkpoint", "data", "distributed"),
-    *("execution", "flax", "planning", "schedules", "theory"),
+    *("execution", "flax", "planning", "reporting", "schedules", "theory"),
 }
 COLLECTIVES = {
     *("psum", "pmean", "pmax", "pmin", "psum_scatter"),
@@ -132,6 +132,8 @@ def test_dependencies_stay_where_they_are_needed(path):
         allowed |= {"click", "matplotlib", "pooch", "scipy", "sklearn", "tqdm", "orbax"}
     if name.startswith("planning/"):
         allowed |= {"matplotlib"}
+    if name == "reporting/figure.py":
+        allowed |= {"plotly"}
     if name == "decoupled/ray_backend.py":
         allowed |= {"ray"}
     if name.startswith("training/progress"):

@@ -1,9 +1,11 @@
 """Contents of a checkpoint, and comparison with the run that restores it.
 
-The checkpoint of step n is the directory `n/` with two Orbax items:
+The checkpoint of step n is the directory `n/` with two or three Orbax items:
 
     state     the leaves of the `State`, in the order of `jax.tree.leaves`; typed PRNG
               keys are stored as their key data
+    data      state of the iterator of each process, by process index; only if `save`
+              was given one (`localsgd_jax.data.iterator_state`)
     metadata  one JSON object:
       format         FORMAT_VERSION
       seed, config   arguments of `RunCheckpointer`
@@ -14,6 +16,7 @@ The checkpoint of step n is the directory `n/` with two Orbax items:
       examples_seen  examples consumed by all workers since the start of the run
       step           n
       digests        digests of each leaf, one per worker or a single one
+      data_digest    SHA-256 of the item `data`, if there is one
       digest         SHA-256 of all other entries
 
 The metadata up to `leaves` must be equal in the run that restores the checkpoint.

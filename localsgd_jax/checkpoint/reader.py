@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from localsgd_jax.checkpoint import metadata
-from localsgd_jax.checkpoint.digests import leaf_digests
+from localsgd_jax.checkpoint.digests import json_digest, leaf_digests
 from localsgd_jax.checkpoint.errors import Damage, first_line
 from localsgd_jax.checkpoint.leaves import (
     Leaf,
@@ -58,15 +58,33 @@ class CheckpointReader:
         """
 
         def read() -> dict:
-            handler = self._orbax.JsonCheckpointHandler()
-            args = self._orbax.args.JsonRestore()
             if not os.listdir(os.path.join(self._directory, str(step))):
                 raise Damage("metadata: empty directory")
-            try:
-                stored = handler.restore(self._item(step, "metadata"), args=args)
-            except Exception as error:  # Orbax raises many types.
-                raise Damage(f"metadata: {first_line(error)}") from error
-            return metadata.check_seal(step, stored)
+            return metadata.check_seal(step, self._read_json(step, "metadata"))
+
+        return self._in_all_processes(read)
+
+    def read_data(self, step: int, stored: Mapping[str, Any]) -> dict | None:
+        """Reads the states of the iterators and checks their digest.
+
+        Args:
+          step: number of the checkpoint.
+          stored: its metadata.
+
+        Returns:
+          The item as written; None if the checkpoint has none.
+
+        Raises:
+          Damage: in all processes, if the item is damaged in one.
+        """
+
+        def read() -> dict | None:
+            if "data_digest" not in stored:
+                return None
+            data = self._read_json(step, "data")
+            if json_digest(data) != stored["data_digest"]:
+                raise Damage("data: digest differs")
+            return data
 
         return self._in_all_processes(read)
 
@@ -147,6 +165,15 @@ class CheckpointReader:
             global_shape=target.shape,
             dtype=target.dtype,
         )
+
+    def _read_json(self, step: int, name: str) -> Any:
+        """Reads an item in JSON; raises Damage with its name if it cannot be read."""
+        handler = self._orbax.JsonCheckpointHandler()
+        try:
+            args = self._orbax.args.JsonRestore()
+            return handler.restore(self._item(step, name), args=args)
+        except Exception as error:  # Orbax raises many types.
+            raise Damage(f"{name}: {first_line(error)}") from error
 
     def _item(self, step: int, name: str) -> Any:
         """Returns the path of an item of a checkpoint."""

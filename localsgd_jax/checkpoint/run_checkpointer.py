@@ -6,13 +6,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from localsgd_jax.checkpoint import metadata
-from localsgd_jax.checkpoint.digests import leaf_digests
+from localsgd_jax.checkpoint.data_states import DataStates, state_of_process
+from localsgd_jax.checkpoint.digests import json_digest, leaf_digests
 from localsgd_jax.checkpoint.errors import CheckpointError, Damage
 from localsgd_jax.checkpoint.leaves import key_data, state_leaves
 from localsgd_jax.checkpoint.reader import CheckpointReader
 from localsgd_jax.checkpoint.storage import CheckpointStorage
 from localsgd_jax.core import pytrees, train_state, validation
 from localsgd_jax.core.types import Cluster, State
+from localsgd_jax.data.iterator_state import check_checkpointable, set_iterator_state
 from localsgd_jax.execution.ambient_mesh import without_mesh
 
 
@@ -20,8 +22,9 @@ class RunCheckpointer:
     """Checkpoints of one run in a directory.
 
     A checkpoint holds the complete state with the rule's anchors and residuals and the
-    counters of the schedule, the number of examples seen, a fingerprint of the run
-    (`localsgd_jax.checkpoint.metadata`), and digests of all of them. It is written in
+    counters of the schedule, the number of examples seen, the states of checkpointable
+    iterators, a fingerprint of the run (`localsgd_jax.checkpoint.metadata`), and
+    digests of all of them. It is written in
     the background and becomes visible only when it is complete. If the run is killed,
     the previous checkpoint is intact. The directory is locked until `close` or the end
     of the process.
@@ -102,21 +105,29 @@ class RunCheckpointer:
         self._storage = CheckpointStorage(
             directory, max_to_keep, process_local, read_only
         )
+        self._data_states = DataStates(self._storage.processes)
 
     @without_mesh
-    def save(self, state: State, examples_seen: int = 0) -> None:
+    def save(
+        self, state: State, examples_seen: int = 0, *, data_state: Any = None
+    ) -> None:
         """Saves a state; returns when it is copied and writes in the background.
 
         Args:
           state: state of the cluster, within a round or after one.
           examples_seen: examples consumed by all workers since `restore`.
+          data_state: state of the iterator of this process after the last batch that
+            was consumed, from its `get_state` or `state_dict`, which `train` passes:
+            numbers, strings, bytes, NumPy arrays, lists, tuples and dicts. At most
+            some MB in all processes.
 
         Raises:
           CheckpointError: if there is a checkpoint of this or a later step, if this
             checkpoint or the one before could not be written, such as to a full disk,
             if the checkpointer is closed or read only, or if another process has taken
             the directory.
-          TypeError: if `state` is not a `State` or `examples_seen` is not an int.
+          TypeError: if `state` is not a `State`, `examples_seen` is not an int, or
+            `data_state` has values of another type.
           ValueError: if `examples_seen` < 0, or the state was donated.
         """
         seen = validation.check_int(
@@ -138,6 +149,7 @@ class RunCheckpointer:
         arrays = [key_data(leaf.value) for leaf in leaves]
         digests = leaf_digests(arrays, [leaf.has_rows for leaf in leaves])
         paths = [leaf.path for leaf in leaves]
+        data = self._data_states.gather(data_state)
         values = self._fingerprint | {
             "leaves": metadata.describe_leaves(state),
             "num_workers": self._cluster.num_workers,
@@ -145,13 +157,16 @@ class RunCheckpointer:
             "step": step,
             "digests": dict(zip(paths, digests, strict=True)),
         }
-        self._storage.write(step, arrays, metadata.seal(values))
+        if data is not None:
+            values["data_digest"] = json_digest(data)
+        self._storage.write(step, arrays, metadata.seal(values), data)
 
     @without_mesh
     def restore(
         self,
         state: State,
         *,
+        batches: Any = None,
         reset_fields: Iterable[str] = (),
         fallback: bool = False,
         changed: Iterable[str] = (),
@@ -178,6 +193,10 @@ class RunCheckpointer:
             checkpoint. Otherwise the checkpoint must match it. It may be abstract, from
             `cluster.init` of abstract parameters, so that only the restored state is in
             memory; then there must be a checkpoint.
+          batches: checkpointable iterator, which is set to the state that was saved for
+            it, so that it continues after the last batch that was consumed. It has
+            `get_state` and `set_state`, such as `iter(dataset)` of Grain, or
+            `state_dict` and `load_state_dict`. It is unchanged without a checkpoint.
           reset_fields: fields of the train state that are re-initialised if K changes,
             such as `["opt_state"]`: they are taken from `state`.
           fallback: whether an earlier checkpoint is restored if the latest is damaged.
@@ -193,13 +212,16 @@ class RunCheckpointer:
         Raises:
           CheckpointError: if the checkpoint has another model, optimizer, rule, seed or
             configuration, with the differences; or if it is damaged, with what is
-            damaged and the latest intact checkpoint before it.
+            damaged and the latest intact checkpoint before it; or if it has no state
+            for `batches`, or one for other numbers of processes or workers.
           TypeError: if an argument has the wrong type.
           ValueError: if a reset field does not exist, the state is abstract and a
             field is reset, or `changed` has another name.
         """
         _checked_leaves("restore(state)", state)
         validation.check_type("restore(fallback)", "fallback", fallback, bool)
+        if batches is not None:
+            check_checkpointable("restore(batches)", batches)
         call, name = "restore(reset_fields)", "reset_fields"
         validation.check_type(call, name, reset_fields, Iterable)
         names, steps = tuple(reset_fields), self._storage.steps()
@@ -212,7 +234,11 @@ class RunCheckpointer:
                 )
             return state, 0
         initial = _initial_fields(state, names) if names else {}
-        step, stored, restored = self._restore_latest(state, steps, fallback)
+        stored, data, restored = self._restore_latest(state, steps, fallback)
+        if batches is not None:
+            counts = stored["num_workers"], self._cluster.num_workers
+            position = state_of_process("restore(batches)", data, *counts)
+            set_iterator_state(batches, position)
         if stored["num_workers"] != self._cluster.num_workers:
             workers = train_state.replace_fields(restored.workers, initial)
             restored = restored._replace(workers=workers)
@@ -247,17 +273,18 @@ class RunCheckpointer:
 
     def _restore_latest(
         self, state: State, steps: Sequence[int], fallback: bool
-    ) -> tuple[int, dict, State]:
+    ) -> tuple[dict, dict | None, State]:
         """Restores the latest checkpoint, or with `fallback` the latest intact one.
 
         Returns:
-          Step, metadata and state.
+          Metadata, states of iterators, and state.
         """
         reader = self._reader()
         damages: dict[int, Damage] = {}
         for step in reversed(steps):
             try:
                 stored = self._read_metadata(reader, step, state)
+                data = reader.read_data(step, stored)
                 restored = reader.read_state(step, stored, state)
             except Damage as damage:
                 if not fallback:
@@ -271,7 +298,7 @@ class RunCheckpointer:
                     f"{self._storage.directory}; {_format_damages(damages)}",
                     stacklevel=5,
                 )
-            return step, stored, restored
+            return stored, data, restored
         raise CheckpointError(
             f"restore(state): no checkpoint in {self._storage.directory} is intact; "
             + _format_damages(damages)
@@ -290,6 +317,7 @@ class RunCheckpointer:
         for step in reversed(earlier):
             try:
                 stored = self._read_metadata(reader, step, state)
+                reader.read_data(step, stored)
                 reader.check_state(step, stored, state)
             except (Damage, CheckpointError):
                 continue

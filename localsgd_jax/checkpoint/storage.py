@@ -111,13 +111,20 @@ class CheckpointStorage:
         """
         return self._manager.latest_step()
 
-    def write(self, step: int, leaves: Sequence[jax.Array], metadata: dict) -> None:
+    def write(
+        self,
+        step: int,
+        leaves: Sequence[jax.Array],
+        metadata: dict,
+        data: dict | None = None,
+    ) -> None:
         """Starts to write a checkpoint; returns when the arrays are copied.
 
         Args:
           step: number of the checkpoint.
           leaves: arrays without typed PRNG keys.
           metadata: JSON-compatible data.
+          data: JSON-compatible states of the iterators; None for no such item.
 
         Raises:
           CheckpointError: if this checkpoint or the one before could not be written.
@@ -126,11 +133,14 @@ class CheckpointStorage:
         # Orbax writes a device array with all processes.
         arrays = [np.asarray(x) for x in leaves] if self._process_local else [*leaves]
         args = self._orbax.args
-        items = args.Composite(
-            state=args.StandardSave(arrays), metadata=args.JsonSave(metadata)
-        )
+        items = {
+            "state": args.StandardSave(arrays),
+            "metadata": args.JsonSave(metadata),
+        }
+        if data is not None:
+            items["data"] = args.JsonSave(data)
         with self._convert_write_errors("save(state)"):
-            self._manager.save(step, args=items)
+            self._manager.save(step, args=args.Composite(**items))
 
     def set_aside(self, steps: Sequence[int]) -> None:
         """Renames checkpoints from `N` to `N.damaged`; no effect without writing.

@@ -76,6 +76,11 @@ def audit(
 
     Exits with 1 if the program contains collectives along the axis that its kind does
     not allow, or instructions that may leave a device and are not understood.
+
+    \b
+    Examples:
+      localsgd audit my_programs:local_step --mesh worker=4,model=2
+      localsgd audit my_programs:gated --kind gated --target tpu:v5e:2x4
     """
     from localsgd_jax.analysis import compile_targets, entry_point, program_audit
 

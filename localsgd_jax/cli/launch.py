@@ -88,8 +88,6 @@ def launch(
 ) -> None:
     """Run a program in several processes on this machine.
 
-    Example: localsgd launch -n 4 -- python train.py --period 16
-
     The program begins with localsgd_jax.initialize(), which connects the processes.
     Each line of output gets the process number as a prefix. SIGINT, SIGTERM and SIGHUP
     are forwarded, the second one as SIGKILL, unless they are ignored when the launcher
@@ -100,6 +98,11 @@ def launch(
 
     Exits with the code of the first process that failed (with --elastic, that of
     process 0), 128 + n if it was killed by signal n, and 0 without a failure.
+
+    \b
+    Examples:
+      localsgd launch -n 4 -- python train.py --period 16
+      localsgd launch -n 2:4 --elastic --restarts 3 -- python train.py
     """
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")

@@ -99,6 +99,11 @@ def plan(
     Give --step-seconds and --parameters, or --measure, which times local steps, rounds
     and all-reduces on the local devices. Without accelerators, these are --workers
     emulated CPU devices.
+
+    \b
+    Examples:
+      localsgd plan --step-seconds 0.2 --parameters 124000000
+      localsgd plan --measure my_programs:logistic --workers 4 --steps 1000000
     """
     from localsgd_jax.planning import report
     from localsgd_jax.planning.settings import Settings, resolve

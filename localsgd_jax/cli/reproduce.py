@@ -47,6 +47,11 @@ def reproduce() -> None:
 
     Each experiment NAME writes a table NAME.csv, a figure NAME.png and NAME.svg, and
     NAME.txt with the expected and the observed results.
+
+    \b
+    Examples:
+      localsgd reproduce linear-speedup --quick
+      localsgd reproduce all --out reproduced
     """
 
 

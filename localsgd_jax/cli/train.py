@@ -107,6 +107,11 @@ def train(as_json: bool, **options) -> None:
 
     Writes a directory with config.json, history.jsonl, params.npz and figure.png.
     The penalty is 1/n; there is no intercept; f* is computed to machine precision.
+
+    \b
+    Examples:
+      localsgd train --data w8a --workers 16 --period 8 --batch 4
+      localsgd train --data my_file.svm.gz --schedule post-local:500 --out run
     """
     from localsgd_jax.experiments.train import (
         TrainOptions,

@@ -1,6 +1,10 @@
 """Metrics by name: of training steps and of synchronisation rules."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import jax
+import numpy as np
 
 from localsgd_jax.core.types import PyTree, RuleMetrics, State
 from localsgd_jax.core.validation import check
@@ -35,6 +39,68 @@ def metrics_by_name(metrics: PyTree, ndim: int) -> dict[str, jax.Array]:
             check(name not in named, "train_step: metrics", text, repr(name))
             named[name] = leaf
     return named
+
+
+def metric_objects(metrics: PyTree) -> tuple[dict[str, Any], PyTree]:
+    """Separates metric objects from the other metrics of a training step.
+
+    A metric object, such as a metric or a collection of CLU or metrax, is a pytree with
+    the methods `merge`, `reduce` and `compute`.
+
+    Args:
+      metrics: pytree of a training step.
+
+    Returns:
+      The objects by their path, joined with dots, and the pytree with None for them.
+    """
+    named = {
+        jax.tree_util.keystr(path, simple=True, separator="."): node
+        for path, node in jax.tree.leaves_with_path(metrics, is_leaf=_is_object)
+        if _is_object(node)
+    }
+    others = jax.tree.map(
+        lambda node: None if _is_object(node) else node, metrics, is_leaf=_is_object
+    )
+    return named, others
+
+
+def computed_metrics(steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Computes the values of metric objects over local steps and workers.
+
+        value = compute(reduce(mₖₜ)),  over all steps t of a round and all workers k
+
+    Args:
+      steps: metric objects of each step by name, leaves `(K, ...)`.
+
+    Returns:
+      Scalars by name; those of a collection have its name and a dot before theirs.
+    """
+    values = {}
+    for name in steps[0] if steps else ():
+        stacked = jax.tree.map(
+            lambda *leaves: np.concatenate(leaves), *[step[name] for step in steps]
+        )
+        computed = _reduce(stacked).compute()
+        named = computed if isinstance(computed, Mapping) else {"": computed}
+        values |= {_join(name, part): value for part, value in named.items()}
+    return {name: float(x) for name, x in values.items() if np.ndim(x) == 0}
+
+
+@jax.jit
+def _reduce(metric: Any) -> Any:
+    """Merges a metric object along its leading axis."""
+    return metric.reduce()
+
+
+def _is_object(node: Any) -> bool:
+    """Returns whether a node of a pytree is a metric object."""
+    methods = ("merge", "reduce", "compute")
+    return all(callable(getattr(node, name, None)) for name in methods)
+
+
+def _join(name: str, part: str) -> str:
+    """Joins the name of an object and that of a part; "loss" without either."""
+    return ".".join(filter(None, (name, part))) or "loss"
 
 
 def rule_metrics(state: State) -> dict[str, jax.Array]:

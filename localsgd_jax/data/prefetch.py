@@ -7,6 +7,7 @@ import collections
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,10 +25,19 @@ from localsgd_jax.distributed.mismatches import describe_mismatches
 
 
 class Prefetcher:
-    """Buffer of host batches that are stacked over time and put on devices."""
+    """Buffer of host batches that are stacked over time and put on devices.
+
+    Attributes:
+      data_state: state of the iterator after the last batch that was removed; None
+        before the first one, or without a function that reads it.
+    """
 
     def __init__(
-        self, batches: Iterator[PyTree], put: Callable, workers: tuple[int, int]
+        self,
+        batches: Iterator[PyTree],
+        put: Callable,
+        workers: tuple[int, int],
+        read_state: Callable[[], Any] | None = None,
     ) -> None:
         """Initialises an empty buffer; reads no batch.
 
@@ -36,9 +46,12 @@ class Prefetcher:
           put: `put(batches, time=True)`, transfers leaves `(H, K, B, ...)` to devices.
           workers: K, and the number of workers of this process, which is another
             allowed number of rows.
+          read_state: returns a copy of the iterator's state, called after each batch.
         """
         self._batches, self._put, self._workers = batches, put, workers
+        self._read_state = read_state or (lambda: None)
         self._buffer, self._structure = collections.deque(), None
+        self.data_state: Any = None
 
     def fill(self, buffer_size: int) -> int:
         """Reads batches until the buffer holds `buffer_size`, or they end.
@@ -59,7 +72,8 @@ class Prefetcher:
                 batch = next(self._batches)
             except StopIteration:
                 break
-            self._buffer.append((self._check_structure(batch), batch))
+            shapes = self._check_structure(batch)
+            self._buffer.append((shapes, batch, self._read_state()))
         if not self._buffer:
             return 0
         head_shapes = self.head_shapes
@@ -81,7 +95,9 @@ class Prefetcher:
 
     def next_batches(self, count: int) -> PyTree:
         """Removes `count` batches; returns them on devices, leaves (H, K, B, ...)."""
-        batches = [self._buffer.popleft()[1] for _ in range(count)]
+        entries = [self._buffer.popleft() for _ in range(count)]
+        _, batches, states = zip(*entries, strict=True)
+        self.data_state = states[-1]
         # Batches may be on a mesh with other axis types than the ambient mesh.
         with ambient_mesh(NO_MESH):
             stacked = stack_leaves(*batches)
@@ -120,6 +136,7 @@ class SynchronizedPrefetcher:
         buffer_size: int,
         processes: Sequence[int],
         workers: tuple[int, int],
+        read_state: Callable[[], Any] | None = None,
     ) -> None:
         """Initialises an empty buffer; reads no batch.
 
@@ -130,8 +147,9 @@ class SynchronizedPrefetcher:
           buffer_size: number of batches to read in advance, as in all other processes.
           processes: indices of the participating processes.
           workers: as for `Prefetcher`.
+          read_state: returns a copy of the state of the iterator of this process.
         """
-        self._prefetcher = Prefetcher(batches, put, workers)
+        self._prefetcher = Prefetcher(batches, put, workers, read_state)
         self._buffer_size = buffer_size
         self._coordinator = Coordinator("train(batches)", processes)
         self._num_ready: int | None = None
@@ -155,6 +173,11 @@ class SynchronizedPrefetcher:
     def peek(self) -> PyTree:
         """Returns the next batch without removing it; None if the buffer is empty."""
         return self._prefetcher.peek()
+
+    @property
+    def data_state(self) -> Any:
+        """State of the iterator after the last batch that was removed, or None."""
+        return self._prefetcher.data_state
 
     def next_batches(self, count: int) -> PyTree:
         """Removes `count` batches; returns them on devices, leaves (H, K, B, ...)."""

@@ -1,16 +1,23 @@
 """Sweep over the period H on handwritten digits (`localsgd quickstart`)."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import localsgd_jax as lsgd
 from localsgd_jax.experiments import choices, datasets, devices, logistic, plotting
 from localsgd_jax.experiments.run import Problem, RunConfig, run
+from localsgd_jax.reporting import Run, columns_of, write_report
 
 WORKERS, BATCH, SEED = 8, 4, 0
 PERIODS = (1, 4, 16, 64, None)
+NEXT = (
+    "next: localsgd train --data FILE       train on a LIBSVM file",
+    "      localsgd report RUN [RUN ...]    compare runs in a browser",
+    "      your own loop: https://github.com/localsgd-jax/localsgd-jax/blob/main/docs/"
+    "getting_started.md",
+)
 
 
 class Outcome(NamedTuple):
@@ -31,19 +38,20 @@ class Outcome(NamedTuple):
     seconds: float
 
 
-def check_writable(figure: Path) -> None:
+def check_writable(option: str, path: Path) -> None:
     """Raises an OSError if the path is a directory or its parent does not exist."""
-    if not figure.parent.is_dir():
-        raise NotADirectoryError(f"--figure: no directory {str(figure.parent)!r}")
-    if figure.is_dir():
-        raise IsADirectoryError(f"--figure: {str(figure)!r} is a directory")
+    if not path.parent.is_dir():
+        raise NotADirectoryError(f"{option}: no directory {str(path.parent)!r}")
+    if path.is_dir():
+        raise IsADirectoryError(f"{option}: {str(path)!r} is a directory")
 
 
-def sweep(figure: Path, steps: int, on_step: Callable) -> dict:
+def sweep(figure: Path, page: Path, steps: int, on_step: Callable) -> dict:
     """Trains with every period at an equal number of gradient evaluations.
 
     Args:
       figure: path of the PNG to write.
+      page: path of the report to write.
       steps: T, local steps of each worker.
       on_step: called without arguments for each step that is loaded.
 
@@ -51,7 +59,7 @@ def sweep(figure: Path, steps: int, on_step: Callable) -> dict:
       The output of `--json`: the setup, and a dict per period under "runs".
 
     Raises:
-      OSError: if the figure cannot be written.
+      OSError: if the figure or the report cannot be written.
     """
     start = time.perf_counter()
     dataset = datasets.digits()
@@ -71,10 +79,12 @@ def sweep(figure: Path, steps: int, on_step: Callable) -> dict:
     plotting.plot_convergence(
         histories, figure, f"Local SGD on {dataset.name}, K = {WORKERS}"
     )
-    return _metadata(problem, config) | {
-        "learning_rate": rate,
+    setup = _metadata(problem, config) | {"learning_rate": rate}
+    write_report(_recorded_runs(histories, setup), page)
+    return setup | {
         "runs": outcomes,
         "figure": str(figure),
+        "report": str(page),
         "seconds": time.perf_counter() - start,
     }
 
@@ -96,8 +106,23 @@ def format_table(result: dict) -> str:
             f"{row.period or 'one-shot':>8}{row.rounds:>9}{row.megabytes:>17.4f}"
             f"{row.suboptimality:>12.2e}{row.seconds:>10.1f}"
         )
-    lines += ["", f"figure: {result['figure']} (total {result['seconds']:.0f} s)"]
+    lines += [
+        "",
+        f"figure: {result['figure']}, report: {result['report']} "
+        f"(total {result['seconds']:.0f} s)",
+        "",
+        *NEXT,
+    ]
     return "\n".join(lines)
+
+
+def _recorded_runs(histories: Mapping[str, list[dict]], setup: Mapping) -> list[Run]:
+    """Returns the runs of a report, each with its period in the configuration."""
+    runs = []
+    for (name, rows), period in zip(histories.items(), PERIODS, strict=True):
+        config = {"period": period or "one-shot", **setup}
+        runs.append(Run(name, config, columns_of(rows)))
+    return runs
 
 
 def _metadata(problem: Problem, config: RunConfig) -> dict:

@@ -17,6 +17,7 @@ from localsgd_jax.experiments import (
     run_directory,
 )
 from localsgd_jax.experiments.run import Problem, RunConfig, run
+from localsgd_jax.reporting import to_all
 
 
 class TrainOptions(NamedTuple):
@@ -124,14 +125,8 @@ def run_prepared(prepared: PreparedRun, on_step: Callable) -> dict | None:
     if jax.process_index() != 0:
         run(problem, config, lambda row: None, on_step)
         return None
-    run_directory.create(directory, settings)
-    rows = []
-
-    def record(row: dict) -> None:
-        rows.append(row)
-        run_directory.append(directory, row)
-
-    x = run(problem, config, record, on_step)
+    rows, append = [], run_directory.create(directory, settings)
+    x = run(problem, config, to_all(rows.append, append), on_step)
     run_directory.save_params(directory, x)
     plotting.plot_convergence(
         {repr(config.schedule): rows},

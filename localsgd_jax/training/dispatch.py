@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from localsgd_jax.analysis.device_bytes import ByteRange, DeviceBytes
-from localsgd_jax.core.metrics import metrics_by_name, rule_metrics
+from localsgd_jax.core.metrics import metric_objects, metrics_by_name, rule_metrics
 from localsgd_jax.core.types import Cluster, PyTree, State
 from localsgd_jax.distributed import arrays
 from localsgd_jax.execution.cyclic_round import RoundClass
@@ -34,24 +35,28 @@ class DispatchResult(NamedTuple):
       rule_metrics: metrics of the synchronisation rules after each step, `(H,)`; none
         if workers did not synchronise.
       device_bytes: bytes that a device sends in a synchronisation, or None.
+      objects: metric objects of the training step by name, leaves `(H, K, ...)`.
     """
 
     due: tuple[bool, ...]
     metrics: Mapping[str, Any]
     rule_metrics: Mapping[str, Any]
     device_bytes: ByteRange | None
+    objects: Mapping[str, Any] = MappingProxyType({})
 
     def wait(self) -> None:
         """Blocks until the dispatch is done."""
-        jax.block_until_ready((self.metrics, self.rule_metrics))
+        jax.block_until_ready((self.metrics, self.rule_metrics, dict(self.objects)))
 
     def to_host(self) -> "DispatchResult":
         """Blocks until the dispatch is done and copies the metrics to NumPy.
 
         If the metrics span several processes, this is a collective.
         """
-        metrics, rule_values = arrays.to_host((self.metrics, self.rule_metrics))
-        return self._replace(metrics=metrics, rule_metrics=rule_values)
+        metrics, rule_values, objects = arrays.to_host(
+            (self.metrics, self.rule_metrics, dict(self.objects))
+        )
+        return self._replace(metrics=metrics, rule_metrics=rule_values, objects=objects)
 
 
 class Dispatcher:
@@ -111,10 +116,10 @@ class Dispatcher:
           The state after the segment, and the metrics, both perhaps not computed yet.
         """
         if segment.period is None:
-            state, (metrics, self._totals) = self._local_steps(
+            state, ((metrics, objects), self._totals) = self._local_steps(
                 state, batches, self._totals
             )
-            return state, DispatchResult(segment.due, metrics, {}, None)
+            return state, DispatchResult(segment.due, metrics, {}, None, objects)
         static = {
             "period": segment.period,
             "round_class": self.round_programs.choose(segment.round),
@@ -125,10 +130,12 @@ class Dispatcher:
         device_bytes = self._bytes_per_round(
             self._rounds, *arguments, rounds=rounds, **static
         )
-        state, (metrics, values) = self._rounds(*arguments, **static)
+        state, ((metrics, objects), values) = self._rounds(*arguments, **static)
         self._totals = self._weights.initial_totals()
         self._best_effort.warn()
-        return state, DispatchResult(segment.due, metrics, values, device_bytes)
+        return state, DispatchResult(
+            segment.due, metrics, values, device_bytes, objects
+        )
 
     def synchronize(
         self, state: State, round_number: int
@@ -262,7 +269,7 @@ def _local_steps(
     state: State,
     batches: PyTree,
     totals: RoundTotals | None,
-) -> tuple[State, tuple[dict, RoundTotals | None]]:
+) -> tuple[State, tuple[tuple[dict, dict], RoundTotals | None]]:
     """Runs local steps; leaves of the batches are (H, K, B, ...)."""
     state, metrics = jax.lax.scan(cluster.step, state, batches)
     return state, (_named_metrics(metrics, state), weights.add(totals, metrics))
@@ -277,7 +284,7 @@ def _rounds(
     totals: RoundTotals | None,
     period: int,
     round_class: RoundClass | None,
-) -> tuple[State, tuple[dict, dict]]:
+) -> tuple[State, tuple[tuple[dict, dict], dict]]:
     """Runs whole rounds of `period` steps; leaves of the batches are (H, K, B, ...).
 
     The first round continues the sums `totals`. `given` has a row for each round.
@@ -301,12 +308,16 @@ def _rounds(
     return state, (_named_metrics(flat, state), at_each_step)
 
 
-def _named_metrics(metrics: PyTree, state: State) -> dict[str, jax.Array]:
-    """Returns metrics by name; raises while traced if a column has their name."""
-    named = metrics_by_name(metrics, ndim=2)
-    check_column_names("train(): metrics", named, rule_metrics(state))
+def _named_metrics(
+    metrics: PyTree, state: State
+) -> tuple[dict[str, jax.Array], dict[str, Any]]:
+    """Returns metrics and metric objects; raises while traced for reserved names."""
+    objects, others = metric_objects(metrics)
+    named = metrics_by_name(others, ndim=2)
+    names = [*named, *objects]
+    check_column_names("train(): metrics", names, rule_metrics(state))
     check_column_names("train(): metrics of rules", rule_metrics(state))
-    return named
+    return named, objects
 
 
 def _sync(

@@ -5,9 +5,11 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from localsgd_jax.analysis.device_bytes import ByteRange
+from localsgd_jax.core.metrics import computed_metrics
 from localsgd_jax.core.types import State
 from localsgd_jax.training.byte_counter import ByteCounter
 from localsgd_jax.training.columns import COLUMNS, DEVICE_BYTES
@@ -67,6 +69,7 @@ class HistoryRecorder:
         self._entry_shapes = dict.fromkeys(COLUMNS, ()) | dict(entry_shapes or {})
         self.rows: list[dict[str, Any]] = []
         self.open_round: list[dict[str, float]] = []
+        self._open_objects: list[dict[str, Any]] = []
         self._byte_counter, self._start_time = byte_counter, time.perf_counter()
 
     def append_steps(self, result: DispatchResult, state: State) -> None:
@@ -85,6 +88,8 @@ class HistoryRecorder:
             if not np.isfinite(losses := metrics.get("loss", np.zeros(1))).all():
                 raise self.non_finite_loss(self.step, losses, state)
             self.open_round.append({name: x.mean() for name, x in metrics.items()})
+            objects = dict(result.objects)
+            self._open_objects.append(jax.tree.map(lambda x, i=i: x[i], objects))
             if ends_round:
                 values = {name: x[i] for name, x in result.rule_metrics.items()}
                 self.close_round(values, result.device_bytes)
@@ -99,8 +104,10 @@ class HistoryRecorder:
           device_bytes: bytes sent by a device in the synchronisation, if known.
         """
         steps, self.open_round = self.open_round, []
+        objects, self._open_objects = self._open_objects, []
         means = {name: np.mean([step[name] for step in steps]) for name in steps[0]}
         metrics = {name: float(value) for name, value in means.items()}
+        metrics |= computed_metrics(objects)
         metrics |= {name: float(value) for name, value in rule_metrics.items()}
         self.append_round(self.step, metrics, device_bytes)
 

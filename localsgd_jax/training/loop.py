@@ -10,6 +10,7 @@ import numpy as np
 from localsgd_jax.core import validation
 from localsgd_jax.core.metrics import rule_metrics
 from localsgd_jax.core.types import Cluster, PyTree, State
+from localsgd_jax.data.iterator_state import state_reader
 from localsgd_jax.data.prefetch import SynchronizedPrefetcher
 from localsgd_jax.execution.ambient_mesh import in_mesh_of_state
 from localsgd_jax.execution.local_workers import local_workers
@@ -22,7 +23,13 @@ from localsgd_jax.training.history import History, HistoryRecorder
 from localsgd_jax.training.outputs import RunOutputs
 from localsgd_jax.training.progress import progress_bar
 from localsgd_jax.training.round_weights import RoundWeights, Weights
-from localsgd_jax.training.run_context import RunSettings, context_of, train_schedule
+from localsgd_jax.training.run_context import (
+    RunContext,
+    RunSettings,
+    context_of,
+    train_schedule,
+)
+from localsgd_jax.training.saving import Saver
 from localsgd_jax.training.segments import segments
 
 
@@ -79,7 +86,11 @@ def train(
       save: `save(state, examples)`, such as `RunCheckpointer.save`, with the number of
         examples used since the call of `train` began. Called when `state.step` is a
         multiple of `save_every`, also within a round, and at the end. It must copy the
-        arrays that it keeps, because the state is donated to the next dispatch.
+        arrays that it keeps, because the state is donated to the next dispatch. If
+        `batches` or its iterator has `get_state` and `set_state`, or `state_dict` and
+        `load_state_dict`, and `save` takes `data_state`, it also receives the state of
+        the iterator after the batch of the last step, and not after batches that were
+        read in advance.
       save_every: number of local steps between two calls of `save`; with a multiple of
         the period, states are saved between rounds only.
       progress: whether to show a progress bar; None: if tqdm is installed.
@@ -133,7 +144,7 @@ def train(
     context, examples = context_of(state), 0
     dispatcher = dispatcher_of(cluster, round_weights, state)
     history = HistoryRecorder(context, ByteCounter(cluster.bytes_sent, state))
-    prefetcher = _make_prefetcher(cluster, batches, settings, context.processes)
+    saver, prefetcher = _prefetch(cluster, batches, settings, context, save)
     assert_equal_runs(cluster, state, context, prefetcher, callbacks, settings)
     in_flight = ResultQueue(context.is_multi_process)
     with progress_bar(context.is_primary and progress, steps, batches) as bar:
@@ -153,15 +164,36 @@ def train(
             if save and segment.saves and prefetcher.fill():
                 # A loss that is not finite raises here, before the state is saved.
                 outputs.record(in_flight.pop_all(), state)
-                save(state, examples)
+                saver(state, examples, prefetcher.data_state)
         outputs.record(in_flight.pop_all(), state)
         if history.open_round:
             state, device_bytes = dispatcher.synchronize(state, history.round + 1)
             history.close_round(rule_metrics(state), device_bytes)
         outputs.evaluate(state)
     if save and examples:
-        save(state, examples)
+        saver(state, examples, prefetcher.data_state)
     return state, history.columns()
+
+
+def _prefetch(
+    cluster: Cluster,
+    batches: Iterable[PyTree],
+    settings: RunSettings,
+    context: RunContext,
+    save: Callable | None,
+) -> tuple[Saver, SynchronizedPrefetcher]:
+    """Returns the calls of `save`, and the prefetcher that reads states for them."""
+    iterator = iter(batches)
+    saver = Saver(save, state_reader(batches, iterator))
+    prefetcher = SynchronizedPrefetcher(
+        islice(iterator, settings.steps),
+        cluster.shard_batch,
+        settings.max_steps_per_dispatch,
+        context.processes,
+        (cluster.num_workers, len(local_workers(cluster))),
+        saver.read_state,
+    )
+    return saver, prefetcher
 
 
 def _check_inputs(
@@ -172,22 +204,6 @@ def _check_inputs(
     validation.check_state("train(state)", state)
     validation.check_type("train(batches)", "batches", batches, Iterable)
     validation.check_type("train(progress)", "progress", progress, bool, type(None))
-
-
-def _make_prefetcher(
-    cluster: Cluster,
-    batches: Iterable[PyTree],
-    settings: RunSettings,
-    processes: Sequence[int],
-) -> SynchronizedPrefetcher:
-    """Returns the source of the batches of a run."""
-    return SynchronizedPrefetcher(
-        islice(batches, settings.steps),
-        cluster.shard_batch,
-        settings.max_steps_per_dispatch,
-        processes,
-        (cluster.num_workers, len(local_workers(cluster))),
-    )
 
 
 def _num_examples(batches: PyTree) -> int:

@@ -35,6 +35,9 @@ def test_json_output(workdir):
     result = json.loads(done.stdout)
     assert_runs(result, 100)
     assert (workdir / result["figure"]).read_bytes().startswith(PNG)
+    page = (workdir / result["report"]).read_text()
+    differs = "<td>1</td><td>4</td><td>16</td><td>64</td><td>one-shot</td>"
+    assert f'<tr class="differs"><th>period</th>{differs}</tr>' in page
 
 
 @pytest.mark.full
@@ -51,6 +54,8 @@ def test_table_output(workdir):
     assert rounds == ["20", "5", "2", "1", "1"]
     assert (workdir / "figure.png").read_bytes().startswith(PNG)
     assert result.stderr == ""
+    assert lines[-3].startswith("next: localsgd train")
+    assert lines[-4] == "" and "report: localsgd-quickstart.html" in lines[-5]
 
 
 def read_chunks(terminal):
@@ -83,6 +88,7 @@ def test_invalid_options_raise():
     )
     assert error_of("quickstart --figure no/f.png") == "--figure: no directory 'no'"
     assert error_of("quickstart --figure .") == "--figure: '.' is a directory"
+    assert error_of("quickstart --report no/r.html") == "--report: no directory 'no'"
 
 
 @pytest.mark.slow

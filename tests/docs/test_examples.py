@@ -162,6 +162,17 @@ def test_gpa_matches_hand_computation():
 
 
 @pytest.mark.full
+def test_records_writes_runs_and_a_page(monkeypatch, capsys):
+    records = importlib.import_module("records")
+    monkeypatch.setattr(records, "STEPS", 32)
+    runs = records.main([])
+    assert [run.name for run in runs] == ["H = 1", "H = 16"]
+    assert [run.columns["round"][-1] for run in runs] == [32, 2]
+    assert pathlib.Path("records.html").exists()
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+@pytest.mark.full
 def test_gpa_prints_a_loss_for_each_method(capsys):
     gpa = importlib.import_module("gpa")
     losses = gpa.main(["--steps", "64", "--seeds", "1"])

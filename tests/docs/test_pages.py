@@ -18,8 +18,8 @@ PUBLIC_PACKAGES = [
     *("localsgd_jax.checkpoint", "localsgd_jax.data", "localsgd_jax.decoupled"),
     *("localsgd_jax.distributed", "localsgd_jax.execution"),
     *("localsgd_jax.fault_tolerance", "localsgd_jax.flax"),
-    *("localsgd_jax.planning", "localsgd_jax.rules", "localsgd_jax.schedules"),
-    *("localsgd_jax.theory", "localsgd_jax.training"),
+    *("localsgd_jax.planning", "localsgd_jax.reporting", "localsgd_jax.rules"),
+    *("localsgd_jax.schedules", "localsgd_jax.theory", "localsgd_jax.training"),
 ]
 
 

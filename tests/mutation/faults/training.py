@@ -29,8 +29,8 @@ MUTANTS = {
     ),
     "saves a state with a non-finite loss": Mutant(
         "training/loop.py",
-        "                outputs.record(in_flight.pop_all(), state)\n                save(",
-        "                save(",
+        "                outputs.record(in_flight.pop_all(), state)\n                saver(",
+        "                saver(",
         "checkpoint/test_run_checkpointer.py -k non_finite",
     ),
     "does not check the loss": Mutant(

@@ -26,6 +26,7 @@ CPU_BENCHMARKS = {
     "startup": "benchmarks.import_time",
     "prediction": "benchmarks.cost_model_accuracy",
     "baselines": "benchmarks.baselines",
+    "convolutions": "benchmarks.convolutions",
 }
 ACCELERATOR_BENCHMARKS = {"accelerator": "benchmarks.accelerator_lanes"}
 BENCHMARKS = CPU_BENCHMARKS | ACCELERATOR_BENCHMARKS
@@ -44,6 +45,7 @@ DESCRIPTIONS = {
     "startup": "import and first step over jax and optax alone",
     "prediction": "predicted over measured times of rounds",
     "baselines": "comparison with plain JAX, DrJAX, PyTorch, accelerate and torchft",
+    "convolutions": "a CNN on CPUs over a plain loop with the same gradients",
     "accelerator": "lanes of a GPT on one GPU or TPU",
     "control_variates": "control variates and local SGD on heterogeneous w8a shards",
     "convergence": "held-out loss of DiLoCo and related algorithms",

@@ -111,8 +111,8 @@ def inner_jaxprs(equation: "core.JaxprEqn") -> "list[core.Jaxpr]":
     Returns:
       Jaxprs without constants.
     """
-    params = jax.tree.leaves(list(equation.params.values()), is_leaf=_is_jaxpr)
-    return [getattr(param, "jaxpr", param) for param in params if _is_jaxpr(param)]
+    params = jax.tree.leaves(list(equation.params.values()), is_leaf=is_jaxpr)
+    return [getattr(param, "jaxpr", param) for param in params if is_jaxpr(param)]
 
 
 def _num_pieces(equation: "core.JaxprEqn") -> int:
@@ -129,8 +129,8 @@ def _num_pieces(equation: "core.JaxprEqn") -> int:
     return math.prod(mesh.shape[name] for name in names)
 
 
-def _is_jaxpr(param: object) -> bool:
-    """Returns whether a parameter of an equation is a jaxpr."""
+def is_jaxpr(param: object) -> bool:
+    """Returns whether a parameter of an equation is a jaxpr, with constants or not."""
     return hasattr(param, "eqns")
 
 

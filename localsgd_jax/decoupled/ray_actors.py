@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from localsgd_jax.checkpoint.lock import DirectoryLock
 from localsgd_jax.checkpoint.errors import CheckpointError
+from localsgd_jax.checkpoint.lock import DirectoryLock
 from localsgd_jax.decoupled.event_log import (
     EventLog,
     fragment_directory,

@@ -1,4 +1,4 @@
-"""Check that the training step of a worker does not communicate with other workers."""
+"""Checks of the traced training step of a worker."""
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
@@ -10,6 +10,7 @@ import optax
 
 from localsgd_jax.analysis.jaxpr_bytes import inner_jaxprs
 from localsgd_jax.core.types import PyTree
+from localsgd_jax.execution.convolutions import evaluate, has_convolution
 
 if TYPE_CHECKING:  # Imports Pallas, which takes a fifth of the import time.
     from jax.extend import core
@@ -18,7 +19,7 @@ if TYPE_CHECKING:  # Imports Pallas, which takes a fifth of the import time.
 _SENDING_NOTHING = ("axis_index", "pvary", "pcast")
 
 
-def forbid_collectives(step: Callable, axes: Iterable[str]) -> Callable:
+def check_step(step: Callable, axes: Iterable[str], on_cpu: bool) -> Callable:
     """Adds a check for collectives over worker axes to a training step.
 
     On a mesh the names of the worker axes are bound while the step of a worker is
@@ -27,7 +28,8 @@ def forbid_collectives(step: Callable, axes: Iterable[str]) -> Callable:
 
     Args:
       step: `step(worker, batch) -> (worker, metrics)` of one worker.
-      axes: names of the worker axes.
+      axes: names of the worker axes on the mesh.
+      on_cpu: whether the step runs on CPUs, where its convolutions are transposed.
 
     Returns:
       The same function. When traced, it raises a ValueError with the source line of the
@@ -37,18 +39,40 @@ def forbid_collectives(step: Callable, axes: Iterable[str]) -> Callable:
 
     @functools.wraps(step)
     def checked(worker: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
-        jaxpr = traced_step.trace(worker, batch).jaxpr
-        for name, axis, line in _collectives(jaxpr.jaxpr, axes):
-            raise ValueError(
-                "step(state, batch): a training step must not communicate between "
-                f"workers, got the collective {name!r} over the worker axis {axis!r} "
-                f"at {line}; remove it, or wrap the function in "
-                f"bind_axis(train_step, {axis!r})"
-            )
+        traced = traced_step.trace(worker, batch)
+        _forbid_collectives(traced.jaxpr.jaxpr, axes)
+        if on_cpu and has_convolution(traced.jaxpr.jaxpr):
+            leaves = evaluate(traced.jaxpr)(*jax.tree.leaves((worker, batch)))
+            return jax.tree.unflatten(jax.tree.structure(traced.out_info), leaves)
         # This call does not trace the function again.
         return traced_step(worker, batch)
 
     return checked
+
+
+def convolves(step: Callable, worker: PyTree, batch: PyTree) -> bool:
+    """Returns whether a training step has a convolution.
+
+    Args:
+      step: `step(worker, batch) -> (worker, metrics)`.
+      worker: arrays or abstract arrays.
+      batch: arrays or abstract arrays.
+
+    Returns:
+      Whether the traced step has one.
+    """
+    return has_convolution(jax.make_jaxpr(step)(worker, batch).jaxpr)
+
+
+def _forbid_collectives(jaxpr: "core.Jaxpr", axes: Iterable[str]) -> None:
+    """Raises a ValueError at the first collective over the axes."""
+    for name, axis, line in _collectives(jaxpr, axes):
+        raise ValueError(
+            "step(state, batch): a training step must not communicate between "
+            f"workers, got the collective {name!r} over the worker axis {axis!r} "
+            f"at {line}; remove it, or wrap the function in "
+            f"bind_axis(train_step, {axis!r})"
+        )
 
 
 def _collectives(

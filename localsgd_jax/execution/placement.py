@@ -1,6 +1,7 @@
 """Device placement of workers: simulation on one device, and meshes.
 
-The only module that uses shard_map and, with `replication`, vmap over workers.
+The only module that uses shard_map and, with `lanes` and `replication`, vmap over
+workers.
 """
 
 import functools
@@ -27,8 +28,11 @@ from localsgd_jax.core.types import (
 from localsgd_jax.distributed import arrays, coordination
 from localsgd_jax.execution.ambient_mesh import explain_automatic_axes, in_mesh
 from localsgd_jax.execution.batches import check_batch_spec, shard_batch
+from localsgd_jax.execution.convolutions import is_cpu
+from localsgd_jax.execution.cpu_threads import warn_about_threads
+from localsgd_jax.execution.lanes import map_step
 from localsgd_jax.execution.layout import Layout, as_tuple, check_mesh_axes
-from localsgd_jax.execution.local_step import forbid_collectives
+from localsgd_jax.execution.local_step import check_step
 from localsgd_jax.execution.partition_metadata import shard_params
 from localsgd_jax.execution.replication import init_state
 
@@ -38,7 +42,7 @@ def simulate(
     workers: int | Sequence[int],
     *,
     axis: str | Sequence[str] = "worker",
-    worker_map: str = "vmap",
+    worker_map: str | None = None,
 ) -> Cluster:
     """Places all workers on one device.
 
@@ -50,8 +54,8 @@ def simulate(
       workers: K; for several worker axes the size of each.
       axis: name of the worker axis, or several names, outermost first.
       worker_map: how the local steps of the workers run: "vmap" batches them, "map"
-        runs them one after another with `jax.lax.map`, which is faster for
-        convolutions on CPUs.
+        runs them one after another with `jax.lax.map`. None chooses "map" for steps
+        with convolutions on CPUs, where it is faster, and "vmap" otherwise.
 
     Returns:
       A cluster.
@@ -87,7 +91,7 @@ def on_mesh(
     workers: int | None = None,
     *,
     axis: str | Sequence[str] = "worker",
-    worker_map: str = "vmap",
+    worker_map: str | None = None,
     batch_spec: PyTree = None,
 ) -> Cluster:
     """Distributes workers over the devices of a mesh.
@@ -104,8 +108,8 @@ def on_mesh(
       axis: mesh axis over which the workers are distributed, or several, outermost
         first. Lanes extend the last one.
       worker_map: how the local steps of the lanes of a position run: "vmap" batches
-        them, "map" runs them one after another with `jax.lax.map`, which is faster
-        for convolutions on CPUs.
+        them, "map" runs them one after another with `jax.lax.map`. None chooses "map"
+        for steps with convolutions on CPUs, where it is faster, and "vmap" otherwise.
       batch_spec: layout of host batches inside a worker: the `PartitionSpec` of a leaf
         `(B, ...)` of the batch of one worker over the inner axes, or a pytree prefix
         of such specs, as `in_shardings` of `jax.jit`. None splits B over the inner
@@ -115,6 +119,10 @@ def on_mesh(
 
     Returns:
       A cluster.
+
+    Warns:
+      RuntimeWarning: before JAX 0.12, if the process has fewer than two threads for
+        each of its CPU devices; a loop over `gated` or `fused` may then abort.
 
     Raises:
       TypeError: if the algorithm is not an `Algorithm`, the mesh is not a `Mesh`, or a
@@ -140,19 +148,22 @@ def on_mesh(
             f"on_mesh(workers): workers must be a multiple of the {positions} "
             f"positions on the mesh axes {names}, got {workers}"
         )
+    warn_about_threads(mesh)
     layout = Layout.on_mesh(mesh, names, lanes=workers // positions)
     return _build_cluster(algorithm, layout, worker_map, batch_spec)
 
 
 def _build_cluster(
-    algorithm: Algorithm, layout: Layout, worker_map: str, batch_spec: PyTree = None
+    algorithm: Algorithm,
+    layout: Layout,
+    worker_map: str | None,
+    batch_spec: PyTree = None,
 ) -> Cluster:
     """Builds the functions of K workers from the functions of one worker."""
     count, batch_spec = layout.num_workers, check_batch_spec(layout, batch_spec)
-    one_step = algorithm.step
-    if layout.mesh is not None:
-        one_step = forbid_collectives(one_step, layout.axes)
-    step = _map_step(one_step, worker_map, layout.workers_per_position)
+    on_cpu, mesh_axes = is_cpu(layout.mesh), layout.axes if layout.mesh else ()
+    one_step = check_step(algorithm.step, mesh_axes, on_cpu)
+    step = map_step(one_step, worker_map, layout.workers_per_position, on_cpu)
     if layout.mesh is not None:
         step = _shard_map_step(layout, explain_automatic_axes(step))
     run_sync = jax.jit(partial(_run_sync, algorithm, layout))
@@ -323,29 +334,6 @@ def _bytes_sent(
     )
 
 
-def _map_step(step: Callable, worker_map: str, lanes: int) -> Callable:
-    """Maps the step of one worker over lanes, leaves `(R, ...)`."""
-    if lanes == 1:
-        return partial(_unbatched_step, step)
-    if worker_map == "vmap":
-        return jax.vmap(step)
-    return lambda workers, batch: jax.lax.map(
-        lambda pair: step(*pair), (workers, batch)
-    )
-
-
-def _unbatched_step(
-    step: Callable, workers: PyTree, batch: PyTree
-) -> tuple[PyTree, PyTree]:
-    """Runs the step of a single lane without batch axis.
-
-    The leaves are `(1, ...)`. On CPUs a matrix product with a batch axis of size one is
-    a fifth slower, and vmap would turn conditionals of the step into selects.
-    """
-    single = jax.tree.map(lambda x: x[0], (workers, batch))
-    return jax.tree.map(lambda x: jnp.asarray(x)[None], step(*single))
-
-
 def _vmap_sync(sync: Callable, layout: Layout, specs: PyTree | None) -> Callable:
     """Maps the synchronisation of one worker over the lanes of a position."""
     carriers = layout.carriers
@@ -427,8 +415,9 @@ def _shard_map(layout: Layout) -> Callable:
     )
 
 
-def _check_algorithm(call: str, algorithm: Algorithm, worker_map: str) -> None:
+def _check_algorithm(call: str, algorithm: Algorithm, worker_map: str | None) -> None:
     """Raises unless the arguments are an algorithm and a way to map its step."""
     validation.check_type(f"{call}(algorithm)", "algorithm", algorithm, Algorithm)
-    choices = ("vmap", "map")
-    validation.check_choice(f"{call}(worker_map)", "worker_map", worker_map, choices)
+    if worker_map is not None:
+        choices, argument = ("vmap", "map"), f"{call}(worker_map)"
+        validation.check_choice(argument, "worker_map", worker_map, choices)

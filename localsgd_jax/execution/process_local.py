@@ -86,7 +86,7 @@ def on_processes(
     workers: int | None = None,
     *,
     axis: str | Sequence[str] = "worker",
-    worker_map: str = "vmap",
+    worker_map: str | None = None,
     batch_spec: PyTree = None,
 ) -> ProcessCluster:
     """Distributes workers over processes with independent local steps.
@@ -138,8 +138,9 @@ def on_processes(
     check_spec_types("on_processes(batch_spec)", batch_spec)
     if workers is not None:
         workers = check_int("on_processes(workers)", "workers", workers, 1)
-    choices = ("vmap", "map")
-    check_choice("on_processes(worker_map)", "worker_map", worker_map, choices)
+    if worker_map is not None:
+        choices = ("vmap", "map")
+        check_choice("on_processes(worker_map)", "worker_map", worker_map, choices)
     make_cluster = partial(
         on_mesh, algorithm, axis=axis, worker_map=worker_map, batch_spec=batch_spec
     )

@@ -1,5 +1,7 @@
 """Devices of a command-line run."""
 
+import os
+
 import jax
 import numpy as np
 from jax.sharding import Mesh
@@ -39,10 +41,10 @@ def make_local_mesh(workers: int, devices: int | None = None) -> Mesh:
         raise ValueError(
             f"--workers must be a multiple of the {devices} devices, got {workers}"
         )
+    num_cpu_devices = devices or largest_divisor(workers, MAX_CPU_DEVICES)
+    os.environ.setdefault("NPROC", str(2 * num_cpu_devices))  # Before JAX 0.12.
     try:
-        jax.config.update(
-            "jax_num_cpu_devices", devices or largest_divisor(workers, MAX_CPU_DEVICES)
-        )
+        jax.config.update("jax_num_cpu_devices", num_cpu_devices)
     except RuntimeError:
         pass  # JAX is initialised already and keeps its devices.
     present = jax.devices()

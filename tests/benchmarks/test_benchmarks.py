@@ -21,6 +21,9 @@ COLUMNS = {
         *("planned/minimum", "peak/minimum"),
     },
     "startup": {"what", "library s", "plain s", "ratio"},
+    "convolutions": {
+        *("devices", "K", "plain ms/gradient", "fused", "gated", "train"),
+    },
     "prediction": {
         *("K", "model", "H", "predicted ms", "measured ms", "predicted/measured")
     },

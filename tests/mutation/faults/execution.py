@@ -4,7 +4,7 @@ from mutation.mutant import Mutant
 
 MUTANTS = {
     "vmaps the step of a single lane": Mutant(
-        "execution/placement.py",
+        "execution/lanes.py",
         "if lanes == 1:",
         "if False:",
         "execution/test_placement.py -k without_vmap",
@@ -16,10 +16,22 @@ MUTANTS = {
         "rules/test_invariants.py -k gated",
     ),
     "gives all workers one batch": Mutant(
-        "execution/placement.py",
-        "return jax.vmap(step)",
-        "first = partial(jax.tree.map, lambda x: x[0])\n        return lambda w, b: jax.vmap(step, (0, None))(w, first(b))",
+        "execution/lanes.py",
+        "return jax.vmap(step)(workers, batch)",
+        "first = jax.tree.map(lambda x: x[0], batch)\n            return jax.vmap(step, (0, None))(workers, first)",
         "core/test_against_reference.py",
+    ),
+    "batches the convolutions of lanes on CPUs": Mutant(
+        "execution/lanes.py",
+        "return not convolves(step, *one_lane)",
+        "return True",
+        "execution/test_convolutions.py -k chosen",
+    ),
+    "leaves gradients of convolutions to XLA in loops": Mutant(
+        "execution/local_step.py",
+        "if on_cpu and has_convolution(traced.jaxpr.jaxpr):",
+        "if False:",
+        "execution/test_convolutions.py -k layout",
     ),
     "counts rounds from zero": Mutant(
         "execution/placement.py",

@@ -24,7 +24,7 @@ from localsgd_jax.distributed.coordination import Coordinator
 
 # Leaves are read in groups of at most this share of all bytes, so that buffers in host
 # memory, and rows of K₀ workers, exist for one group at a time.
-GROUP_SHARE = 1 / 64
+GROUP_SHARE = 1 / 16
 
 Value = TypeVar("Value")
 

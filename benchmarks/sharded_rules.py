@@ -2,7 +2,7 @@
 
 Command: python -m benchmarks sharded_rules (10 minutes; needs the compiler for TPUs)
 Expected: arguments are the least possible, and nothing but scalars is sent inside a
-worker. Temporary memory is at most four pieces, but five for drop_outliers(4 bits).
+worker. Temporary memory is at most four pieces.
 
 The synchronisation of each rule is compiled ahead of time, in a process of its own with
 limits of time and memory, for meshes of TPU slices or GPU hosts. The compiled program

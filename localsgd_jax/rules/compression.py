@@ -359,6 +359,8 @@ def _encoded_exchange(codec: Codec, seed: int, axes: MeanAxes) -> Callable:
         errors = split_tiles(server_error, count, multiple)
         chunk = chunk + errors[index]
         encoded_chunk, error = encode(chunk, keys[1])
+        if context.weight is not None:
+            error = jnp.where(jnp.sum(weights) > 0, error, errors[index])
         errors = jnp.zeros_like(errors).at[index].set(error)
         chunks = collectives.all_gather(encoded_chunk, context, axes)
         results = decode(chunks, rows), worker_error, errors

@@ -9,7 +9,7 @@ from optax.tree_utils import tree_cast_like
 
 from localsgd_jax.core import collectives
 from localsgd_jax.core.averaging import check_floating
-from localsgd_jax.core.pieces import NUM_VECTORS, map_vectors
+from localsgd_jax.core.pieces import NUM_VECTORS, Piece, map_vectors
 from localsgd_jax.core.pytrees import promote, where
 from localsgd_jax.core.types import PyTree, RuleState, SyncContext, SyncRule
 from localsgd_jax.core.validation import check_rule
@@ -46,7 +46,8 @@ def compressed_mean(
 
         xₖ, eₖ, fₖ ← exchange(xₖ + eₖ, fₖ)
 
-    An inactive worker sends zeros and keeps eₖ. If all weights are 0, nothing changes.
+    An inactive worker sends zeros and keeps eₖ. If all weights are 0, nothing changes;
+    `exchange` then keeps fₖ.
 
     Args:
       call: the public function, such as "top_k", for messages.
@@ -71,6 +72,14 @@ def compressed_mean(
         server_error = zeros if has_server_error else None
         return RuleState(local=ErrorFeedback(zeros, server_error))
 
+    def exchange_if_active(
+        piece: Piece, message: jax.Array, old_error: jax.Array, *server_error: jax.Array
+    ) -> tuple[jax.Array, ...]:
+        """Keeps the error of an inactive worker, vector by vector to save memory."""
+        mean, error, *new_server_error = exchange(piece, message, *server_error)
+        active = collectives.is_active(piece.context, axes)
+        return mean, where(active, error, old_error), *new_server_error
+
     def apply(
         tree: PyTree, state: RuleState, context: SyncContext
     ) -> tuple[PyTree, RuleState]:
@@ -84,14 +93,16 @@ def compressed_mean(
         message = where(active, message, zeros)
         server_error = (old.server_error,) if has_server_error else ()
         mean, *errors = map_vectors(
-            exchange, context, message, *server_error, num_vectors=num_vectors
+            exchange_if_active,
+            context,
+            message,
+            old.worker_error,
+            *server_error,
+            num_vectors=num_vectors,
         )
-        new = ErrorFeedback(*errors)
-        worker_error = where(active, new.worker_error, old.worker_error)
-        new_state = RuleState(local=new._replace(worker_error=worker_error))
         return (
             where(any_active, tree_cast_like(mean, tree), tree),
-            where(any_active, new_state, state),
+            RuleState(local=ErrorFeedback(*errors)),
         )
 
     return SyncRule(init, apply, name=name)

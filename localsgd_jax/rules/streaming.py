@@ -273,7 +273,7 @@ def _switch(
         def write(_: int, carry: tuple, q: int = q) -> tuple:
             values, shared, local = map(unpack, packed, parts[q])
             results = values, RuleState(shared, local)
-            return _update(q, groups[q], *carry, results, context)
+            return _update(q, groups[q], carry[0], carry[1], results, context)
 
         count = jnp.int32(p == q)
         tree, state = jax.lax.fori_loop(0, count, write, (tree, state))

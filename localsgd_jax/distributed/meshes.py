@@ -62,12 +62,12 @@ def worker_mesh(
     sizes = {len(group) for group in groups}
     size = sizes.pop() if len(sizes) == 1 else None
     is_inside = all(len(group) % devices_per_worker == 0 for group in groups)
-    is_whole = len(devices) % devices_per_worker == 0 and (
+    fills_slices = len(devices) % devices_per_worker == 0 and (
         devices_per_worker % (size or len(devices)) == 0
     )
     if size and is_inside:
         grid = _workers_in_groups(groups, workers, tuple(inner.values()))
-    elif (size and is_whole) or (workers is None and (is_inside or is_whole)):
+    elif (size and fills_slices) or (workers is None and (is_inside or fills_slices)):
         grid = _workers_across_groups(groups, workers, tuple(inner.values()))
     else:
         raise ValueError(

@@ -52,7 +52,7 @@ def accumulated_loss(params, images):
     return jax.lax.scan(add, 0.0, images)[0] / len(images)
 
 
-def place(loss, placement="lanes", **options):
+def make_cluster(loss, placement="lanes", **options):
     algorithm = lsgd.local_sgd(loss, optax.sgd(0.1))
     if placement == "simulate":
         return lsgd.simulate(algorithm, WORKERS, **options)
@@ -68,17 +68,17 @@ def traced(cluster):
 
 @pytest.mark.parametrize("placement", ["lanes", in_full("simulate")])
 def test_the_placement_of_lanes_is_chosen_by_the_traced_step(placement):
-    assert "scan[" in traced(place(loss_fn, placement))
-    assert "scan[" in traced(place(dense_loss, placement, worker_map="map"))
-    assert "scan[" not in traced(place(dense_loss, placement))
-    assert "scan[" not in traced(place(loss_fn, placement, worker_map="vmap"))
+    assert "scan[" in traced(make_cluster(loss_fn, placement))
+    assert "scan[" in traced(make_cluster(dense_loss, placement, worker_map="map"))
+    assert "scan[" not in traced(make_cluster(dense_loss, placement))
+    assert "scan[" not in traced(make_cluster(loss_fn, placement, worker_map="vmap"))
 
 
 def test_lanes_on_accelerators_are_batched(monkeypatch):
     from localsgd_jax.execution import placement
 
     monkeypatch.setattr(placement, "is_cpu", lambda mesh: False)
-    text = traced(place(loss_fn))
+    text = traced(make_cluster(loss_fn))
     assert "scan[" not in text and "transpose" not in text.split("conv_general")[0]
 
 
@@ -87,7 +87,7 @@ LOSSES = [loss_fn, in_full(rematerialised_loss), in_full(accumulated_loss)]
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_all_convolutions_have_the_layout_of_the_library(loss):
-    text = traced(place(loss, "one worker"))
+    text = traced(make_cluster(loss, "one worker"))
     specs = [line for line in text.splitlines() if "lhs_spec" in line]
     assert len(specs) > 3
     assert all(CANONICAL in " ".join(line.split()) for line in specs)
@@ -96,7 +96,7 @@ def test_all_convolutions_have_the_layout_of_the_library(loss):
 @pytest.mark.parametrize("placement", ["lanes", in_full("simulate")])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_rounds_equal_plain_steps(placement, loss):
-    cluster = place(loss, placement)
+    cluster = make_cluster(loss, placement)
     state, metrics = jax.jit(lsgd.fused(cluster))(cluster.init(PARAMS), IMAGES)
     models = [PARAMS] * WORKERS
     for images in IMAGES:

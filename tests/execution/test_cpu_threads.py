@@ -12,7 +12,7 @@ import localsgd_jax as lsgd
 ALGORITHM = lsgd.local_sgd(lambda w, batch: (w - batch) ** 2, optax.sgd(0.5))
 
 
-def place(monkeypatch, threads, version=(0, 10, 2), devices=4):
+def make_cluster(monkeypatch, threads, version=(0, 10, 2), devices=4):
     monkeypatch.delenv("PJRT_NPROC", raising=False)
     monkeypatch.setenv("NPROC", threads)
     monkeypatch.setattr(jax, "__version_info__", version)
@@ -23,7 +23,7 @@ def place(monkeypatch, threads, version=(0, 10, 2), devices=4):
 def test_too_few_threads_warn_with_the_line_to_add(monkeypatch, threads):
     line = r'must have 8 threads, got \d; .* os.environ\["NPROC"\] = "8"'
     with pytest.warns(RuntimeWarning, match=line) as caught:
-        place(monkeypatch, threads)
+        make_cluster(monkeypatch, threads)
     assert caught[0].filename == __file__
 
 
@@ -34,10 +34,10 @@ def test_too_few_threads_warn_with_the_line_to_add(monkeypatch, threads):
 def test_enough_threads_do_not_warn(monkeypatch, threads, version, devices):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        place(monkeypatch, threads, version, devices)
+        make_cluster(monkeypatch, threads, version, devices)
 
 
 def test_the_affinity_counts_without_the_variable(monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1})
     with pytest.warns(RuntimeWarning, match="got 2;"):
-        place(monkeypatch, "")
+        make_cluster(monkeypatch, "")

@@ -102,7 +102,7 @@ CASES = [
 ]
 
 
-def is_refused(compiled, mesh):
+def raises_error(compiled, mesh):
     try:
         lsgd.assert_no_collectives(compiled, axis="worker", mesh=mesh)
     except lsgd.UnexpectedCollectiveError:
@@ -123,7 +123,7 @@ def main():
         compiled = jax.jit(sharded).lower(shape).compile()
         ops = parse_collective_ops(compiled.as_text(), mesh)
         sent = sum(op.dcn_bytes_sent for op in ops)
-        row = {"case": f"{case}, {name}", "refused": is_refused(compiled, mesh)}
+        row = {"case": f"{case}, {name}", "raises": raises_error(compiled, mesh)}
         print(json.dumps(row | {"dcn_bytes": str(sent)}), flush=True)
 
 

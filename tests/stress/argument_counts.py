@@ -6,7 +6,11 @@ that the table does not call legitimate.
 """
 
 import collections
+import os
 import signal
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 
 from harness.bad_arguments import outcomes
 from harness.public_functions import TABLE, arguments, find

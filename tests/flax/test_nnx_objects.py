@@ -219,7 +219,7 @@ def test_a_raw_key_in_a_variable_raises():
     [
         (lambda model, batch, rngs: 0.0, {}, "must take 1 objects and a batch"),
         (3, {}, "must be callable, got 3"),
-        (lambda model, batch: 0.0, {"batch_argnum": 2}, "a position from 0 to 1"),
+        (lambda model, batch: 0.0, {"batch_argnum": 2}, "must be at most 1, got 2"),
     ],
 )
 def test_bad_arguments_raise_at_once(step, options, message):

@@ -70,10 +70,12 @@ def table(rows: Sequence[dict]) -> str:
 def main(paths: Sequence[str]) -> None:
     """Prints the table and the survivors."""
     file = pathlib.Path(paths[0]) if paths else ROWS
-    lines = map(json.loads, file.read_text().splitlines())
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    first = {row["name"]: row for row in reversed(lines)}
+    print(f"Before tests for survivors:\n\n{table(list(first.values()))}\n")
     # The last row of a mutant counts: survivors are repeated with new tests.
     rows = list({row["name"]: row for row in lines}.values())
-    print(table(rows))
+    print(f"With them:\n\n{table(rows)}")
     for row in rows:
         if row["outcome"] == "survived":
             reason = EQUIVALENT.get(row["name"], "not detected")

@@ -2,7 +2,11 @@
 
 import jax.numpy as jnp
 
-from localsgd_jax.checkpoint.digests import POSITION_MULTIPLIERS, leaf_digests
+from localsgd_jax.checkpoint.digests import (
+    POSITION_MULTIPLIERS,
+    json_digest,
+    leaf_digests,
+)
 from localsgd_jax.checkpoint.errors import first_line
 
 
@@ -29,3 +33,8 @@ def test_reason_of_damage_is_short():
 def test_digests_of_complex_arrays_stay_the_same():
     rows = jnp.arange(6, dtype=jnp.float32).reshape(1, 2, 3)
     assert leaf_digests([rows + 1j * rows**2], [True]) == [["cf8f6d6742ab97cf"]]
+
+
+def test_digest_of_metadata_is_independent_of_the_order_of_names():
+    assert json_digest({"a": 1, "b": [2]}) == json_digest({"b": [2], "a": 1})
+    assert json_digest({"a": 1, "b": [2]}) != json_digest({"a": 1, "b": [3]})

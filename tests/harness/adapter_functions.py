@@ -46,6 +46,7 @@ JOB = {
     "fragments": 1,
     "compress": decoupled.full_precision(),
     "overlap": 0,
+    "exchanges": 1,
     "tokens": None,
     "cluster": None,
 }
@@ -166,6 +167,7 @@ TABLE = {
             **{"job": job, "learners": 2, "address": None, "resources": None},
             **{"checkpoint": None, "save_every": 200, "restarts": 3, "timeout": 120.0},
             **{"environment": None, "progress": None, "record": None},
+            "processes": 1,
         },
         {
             "address": (*NONE, "text"),

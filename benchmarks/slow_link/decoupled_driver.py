@@ -148,14 +148,26 @@ def main() -> None:
 def compare_bytes(counters: list) -> dict:
     """Returns the bytes between two rows as counted and as carried by the interface.
 
-    With one syncer and one learner on each host, one of two learners is remote, so half
-    of the counted bytes cross the interface, in either direction.
+    Of the two learners of each syncer one is on another host, so half of the counted
+    bytes cross the interface, in either direction.
     """
-    (first, before), (last, after) = counters[SKIPPED], counters[-2]
-    names = ("bytes_received", "bytes_sent")
-    counted = sum(last[name] - first[name] for name in names) / LEARNERS
-    carried = sum(after) - sum(before)
+    first, last = SKIPPED * fragments_of(counters), len(counters) - 2
+    counted = (
+        counted_bytes(counters, last) - counted_bytes(counters, first)
+    ) / LEARNERS
+    carried = sum(counters[last][1]) - sum(counters[first][1])
     return {"counted": counted, "carried": carried}
+
+
+def fragments_of(counters: list) -> int:
+    """Returns the number of fragments in the rows."""
+    return len({row["fragment"] for row, _ in counters})
+
+
+def counted_bytes(counters: list, end: int) -> int:
+    """Returns the bytes of all syncers up to a row."""
+    latest = {row["fragment"]: row for row, _ in counters[: end + 1]}
+    return sum(row["bytes_received"] + row["bytes_sent"] for row in latest.values())
 
 
 if __name__ == "__main__":

@@ -93,7 +93,8 @@ def measure(net: Network, mbit: float | None, rounds: int) -> list[dict]:
         with ray_nodes(net) as address:
             result = run_driver(net, address, name, rounds)
         times = [moment for moment, _ in result["losses"]]
-        seconds = (times[-2] - times[SKIPPED]) / (len(times) - 2 - SKIPPED)
+        first = SKIPPED * method.fragments
+        seconds = (times[-2] - times[first]) / (len(times) - 2 - first)
         target = TARGET_LOSSES["mlp"]
         merges = next(
             (i for i, (_, x) in enumerate(result["losses"], 1) if x <= target), None

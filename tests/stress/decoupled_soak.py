@@ -63,6 +63,8 @@ LAST_FAULT_STEPS = 0.8 * STEPS
 # Start of Ray, Python and JAX on a busy machine.
 MAX_RETURN_SECONDS, MAX_JOB_SECONDS = 120.0, 900
 MAX_STALL_SECONDS = GRACE + 1
+# Without a syncer all learners wait; until it is back, stalls are not those of others.
+SYNCER_SECONDS = 60.0
 RESULTS = ROOT / "docs" / "_data" / "decoupled_soak.json"
 
 
@@ -193,8 +195,8 @@ def describe(record, rows, faults, processes):
         elif fault["learners"] and last - start > MAX_RETURN_SECONDS:
             text = f"learner {fault['learners']} did not contribute again: {fault}"
             record["violations"].append(text)
-        stalls = not fault["syncer"] and (fault["stall"] or 0) > MAX_STALL_SECONDS
-        if stalls and not overlaps(fault, faults):
+        fault["syncer answers"] = not is_near_syncer_fault(fault, faults)
+        if fault["syncer answers"] and (fault["stall"] or 0) > MAX_STALL_SECONDS:
             record["violations"].append(f"stall of {fault['stall']} s: {fault}")
     first = faults[0]["time"] if faults else 0.0
     for fault in faults:
@@ -202,10 +204,10 @@ def describe(record, rows, faults, processes):
     record["faults"] = faults
 
 
-def overlaps(fault, faults):
-    """Returns whether the syncer was disturbed in the minute before a fault."""
-    start = fault["time"]
-    return any(f["syncer"] and start - 60 < f["time"] < start for f in faults)
+def is_near_syncer_fault(fault, faults):
+    """Returns whether the syncer was disturbed shortly before or after a fault."""
+    times = [other["time"] - fault["time"] for other in faults if other["syncer"]]
+    return any(-SYNCER_SECONDS < seconds < TIMEOUT for seconds in times)
 
 
 def contribution_times(rows):
@@ -276,7 +278,10 @@ def longest_stall(times, span, disturbed):
 
 
 def table(records):
-    """Returns a Markdown table of faults, stalls and returns."""
+    """Returns a Markdown table of faults, stalls and returns.
+
+    Stalls after faults of learners and nodes are those while the syncer answered.
+    """
     names = "fault, to, times, longest stall of another learner (median), "
     names += "longest time to the next contribution (median)"
     groups = collections.defaultdict(list)
@@ -284,18 +289,17 @@ def table(records):
         for fault in record["faults"]:
             node = fault["to"] == "raylet" and fault["syncer"]
             target = "the raylet of the syncer" if node else f"a {fault['to']}"
-            groups[fault["kind"], target.replace("a syncer", "the syncer")].append(
-                fault
-            )
+            target = target.replace("a syncer", "the syncer")
+            clean = not is_near_syncer_fault(fault, record["faults"])
+            stall = fault["stall"] if fault["syncer"] or clean else None
+            groups[fault["kind"], target].append((stall, fault.get("return")))
     rows = [names.split(", "), ["---"] * 5]
     for key in sorted(groups):
         rows.append([*key, len(groups[key])])
-        for column in ("stall", "return"):
-            values = [x for f in groups[key] if (x := f.get(column)) is not None]
-            median = (
-                values and f"{max(values):.1f} s ({statistics.median(values):.1f} s)"
-            )
-            rows[-1].append(median or "–")
+        for column in zip(*groups[key], strict=True):
+            values = [x for x in column if x is not None]
+            median = values and statistics.median(values)
+            rows[-1].append(f"{max(values):.1f} s ({median:.1f} s)" if values else "–")
     return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in rows)
 
 

@@ -12,6 +12,7 @@ from localsgd_jax.core.algorithm import (
     local_sgd,
 )
 from localsgd_jax.core.axis_binding import bind_axis
+from localsgd_jax.core.step_arguments import from_arguments
 from localsgd_jax.core.types import (
     Algorithm,
     Cluster,
@@ -22,6 +23,7 @@ from localsgd_jax.core.types import (
 )
 from localsgd_jax.data.batching import shuffled_batches
 from localsgd_jax.data.partitioning import dirichlet_partition, partitioned_batches
+from localsgd_jax.data.splitting import split_batch
 from localsgd_jax.distributed.coordination import CoordinationError
 from localsgd_jax.distributed.initialization import initialize
 from localsgd_jax.distributed.meshes import worker_mesh
@@ -87,6 +89,7 @@ from localsgd_jax.schedules import (
 from localsgd_jax.schedules.adaptive import AdaptiveSchedule, adacomm, drift_triggered
 from localsgd_jax.training.history import NonFiniteLossError
 from localsgd_jax.training.loop import train
+from localsgd_jax.training.parallel_step import parallelize
 from localsgd_jax.training.round_weights import weighted_by
 
 __all__ = [
@@ -131,6 +134,7 @@ __all__ = [
     "flatten",
     "floating_only",
     "fragment",
+    "from_arguments",
     "from_train_step",
     "fused",
     "gated",
@@ -148,6 +152,7 @@ __all__ = [
     "on_mesh",
     "outer",
     "overlap",
+    "parallelize",
     "partition",
     "partitioned_batches",
     "post_local",
@@ -164,6 +169,7 @@ __all__ = [
     "slowmo",
     "snoo",
     "sparseloco",
+    "split_batch",
     "top_k",
     "train",
     "trimmed_mean",

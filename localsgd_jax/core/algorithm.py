@@ -11,6 +11,11 @@ from optax.tree_utils import tree_cast_like
 from localsgd_jax.core import train_state
 from localsgd_jax.core.averaging import average
 from localsgd_jax.core.call_names import value_name
+from localsgd_jax.core.optimizer_arguments import (
+    accepted_arguments,
+    evaluated_params,
+    gradient_function,
+)
 from localsgd_jax.core.pieces import infer_specs, with_specs
 from localsgd_jax.core.prng_keys import forbid_raw_keys
 from localsgd_jax.core.pytrees import promote
@@ -78,7 +83,9 @@ def local_sgd(
         x₁, …, x_K ← rule(x₁, …, x_K)
 
     Optimizers with extra arguments, such as `optax.lbfgs` and `optax.polyak_sgd`,
-    receive `value`, `grad` and `value_fn`. With a rule for the field "correction",
+    receive `value`, `grad` and `value_fn`, and `optax.contrib.sam` in opaque mode
+    `grad_fn`. The parameters may be `optax.LookaheadParams`: the loss is that of the
+    fast ones, and both are synchronised. With a rule for the field "correction",
     such as `control_variates`, the train state has this field, and local steps add it
     to gradients.
 
@@ -115,6 +122,7 @@ def local_sgd(
     check_rules("local_sgd(rule)", rule)
     check_type("local_sgd(has_aux)", "has_aux", has_aux, bool)
     optimizer = optax.with_extra_args_support(optimizer)
+    accepted = accepted_arguments(optimizer)
     rules = rules_by_field(rule)
     is_corrected = any("correction" in _names(fields) for fields in rules)
 
@@ -129,18 +137,19 @@ def local_sgd(
 
     def train_step(worker: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
         params, opt_state, *correction = worker
-        (loss, aux), grad = jax.value_and_grad(scalar_loss, has_aux=True)(params, batch)
+        value_and_grad = jax.value_and_grad(scalar_loss, has_aux=True)
+        (loss, aux), grad = value_and_grad(evaluated_params(params), batch)
         if is_corrected:
             grad = tree_cast_like(optax.tree_utils.tree_add(grad, *correction), grad)
+        available = {
+            "value": loss,
+            "grad": grad,
+            "value_fn": lambda params: scalar_loss(params, batch)[0],
+            "grad_fn": gradient_function(scalar_loss, batch),
+        }
+        extra = {name: available[name] for name in accepted}
         try:
-            updates, opt_state = optimizer.update(
-                grad,
-                opt_state,
-                params,
-                value=loss,
-                grad=grad,
-                value_fn=lambda params: scalar_loss(params, batch)[0],
-            )
+            updates, opt_state = optimizer.update(grad, opt_state, params, **extra)
         except Exception:
             _check_own("step(state)", "opt_state", opt_state, optimizer.init, params)
             raise
@@ -266,7 +275,7 @@ def _split_result(worker: PyTree, result: PyTree) -> tuple[PyTree, PyTree]:
         )
     # Without a state of this structure the first value is reported as a changed state.
     index = next((i for i, x in enumerate(result) if _is_state(worker, x)), 0)
-    return result[index], _metrics_of([*result[:index], *result[index + 1 :]])
+    return result[index], metrics_of([*result[:index], *result[index + 1 :]])
 
 
 def _is_state(worker: PyTree, value: PyTree) -> bool:
@@ -275,8 +284,15 @@ def _is_state(worker: PyTree, value: PyTree) -> bool:
     return type(value) is type(worker) and has_structure
 
 
-def _metrics_of(values: list) -> PyTree:
-    """Returns the metrics: nothing, a single value, or a tuple of several."""
+def metrics_of(values: list) -> PyTree:
+    """Returns the metrics of a step: nothing, a single value, or a tuple of several.
+
+    Args:
+      values: results of the step without the train state.
+
+    Returns:
+      A pytree.
+    """
     if not values:
         return {}
     return values[0] if len(values) == 1 else tuple(values)

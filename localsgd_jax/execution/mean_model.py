@@ -9,6 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from localsgd_jax.core import train_state
 from localsgd_jax.core.pytrees import promote
+from localsgd_jax.core.static_leaves import restore_static
 from localsgd_jax.core.types import PyTree, State
 from localsgd_jax.core.validation import check_names, check_state
 from localsgd_jax.distributed import arrays
@@ -53,7 +54,8 @@ def consensus(state: State, field: str | Sequence[str] | None = "params") -> PyT
     if field is not None:
         check_names("consensus(field)", "field", field)
     fields = select_fields(state.workers, field)
-    return in_order(arrays.local_replica(mean_over_workers(fields)), field)
+    mean = arrays.local_replica(mean_over_workers(fields))
+    return restore_static(in_order(mean, field))
 
 
 @in_mesh_of_state
@@ -94,7 +96,7 @@ def common_model(
         return None
     if not bool(arrays.local_replica(_workers_are_equal(fields))):
         return None
-    return in_order(arrays.local_replica(_first_rows(fields)), field)
+    return restore_static(in_order(arrays.local_replica(_first_rows(fields)), field))
 
 
 def select_fields(workers: PyTree, field: str | Sequence[str] | None) -> PyTree:

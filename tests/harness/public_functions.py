@@ -194,6 +194,10 @@ TABLE = {
         {"train_step": abs, "axis_name": "batch"},
         {"train_step": FUNCTION, "axis_name": TEXTS},
     ),
+    "split_batch": (
+        {"batch": np.ones(4), "workers": 2, "drop_remainder": False},
+        {"batch": TREE[:-1], "drop_remainder": TRUTHS},
+    ),
     "replace_field": (
         {"state": state, "field": "params", "value": 0.0},
         {"value": ("half", "large float", "nan", "inf", "minus inf")},
@@ -568,6 +572,8 @@ EXEMPT = {
     "reset_to_init": "no argument",
     "asynchronous.mean_update": "no argument",
     "recompute_batch_stats": "arguments of the model; tests/rules",
+    "from_arguments": "any number of values; tests/core",
+    "parallelize": "any number of values; tests/training",
     "execution.merge_late_sync": "jitted; trees of arrays",
     "decoupled.full_precision": "no argument",
 }

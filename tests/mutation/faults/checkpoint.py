@@ -63,4 +63,10 @@ MUTANTS = {
         "jnp.issubdtype(rows.dtype, jnp.number)",
         "checkpoint/test_resize.py -k integers",
     ),
+    "does not compare the digest of the states of iterators": Mutant(
+        "checkpoint/reader.py",
+        'json_digest(data) != stored["data_digest"]',
+        "False",
+        "training/test_data_state.py -k damaged -m full",
+    ),
 }

@@ -60,4 +60,16 @@ MUTANTS = {
         "while not self._buffer:",
         "training/test_dispatch.py -k reads_batches",
     ),
+    "saves the state after batches that were read in advance": Mutant(
+        "data/prefetch.py",
+        "self.data_state = states[-1]",
+        "self.data_state = self._read_state()",
+        "training/test_data_state.py -k consumed_last",
+    ),
+    "keeps the object that an iterator changes": Mutant(
+        "data/iterator_state.py",
+        "copy.deepcopy(read())",
+        "read()",
+        "data/test_iterator_state.py -k copies",
+    ),
 }

@@ -135,4 +135,10 @@ MUTANTS = {
         "if True:",
         "training/test_segments.py -k few_programs",
     ),
+    "computes metric objects from the last step of a round only": Mutant(
+        "training/history.py",
+        "computed_metrics(objects)",
+        "computed_metrics(objects[-1:])",
+        "training/test_metric_objects.py -k one_number",
+    ),
 }

@@ -37,7 +37,7 @@ def write_report(runs: Sequence[Run], path: str | os.PathLike) -> None:
 
     Raises:
       ImportError: if Plotly is not installed.
-      TypeError: if `runs` has other elements.
+      TypeError: if `runs` has other elements, or `path` is no path.
       ValueError: if there is no run, or a run has no column "step".
       OSError: if the file cannot be written.
 
@@ -57,6 +57,7 @@ def write_report(runs: Sequence[Run], path: str | os.PathLike) -> None:
         check_type(call, "each run", run, Run)
         named = repr(run.name)
         check("step" in run.columns, call, 'each run must have a column "step"', named)
+    check_type("write_report(path)", "path", path, str, os.PathLike)
     plotly = import_plotly("write_report")
     runs = _with_distinct_names(runs)
     figure = make_figure(plotly, runs, panels_of(runs))

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from localsgd_jax.core.validation import check_type
 from localsgd_jax.reporting.records import CONFIG, HISTORY, read_csv
 from localsgd_jax.reporting.rows import flat_row
 
@@ -45,6 +46,7 @@ def read_run(path: str | os.PathLike) -> Run:
       The run, with the path as its name.
 
     Raises:
+      TypeError: if `path` is no path.
       OSError: if there is no such file.
       ValueError: if a file does not hold rows of a history.
 
@@ -55,6 +57,7 @@ def read_run(path: str | os.PathLike) -> Run:
       >>> read_run(path).columns["loss"]
       array([ 1., nan])
     """
+    check_type("read_run(path)", "path", path, str, os.PathLike)
     path = Path(path)
     file = _history_file(path) if path.is_dir() else path
     rows = _read_csv_rows(file) if file.suffix == ".csv" else _read_json_rows(file)
@@ -72,11 +75,18 @@ def columns_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, np.ndarray]:
     Returns:
       One number per row by name, float64, NaN where a row lacks it.
 
+    Raises:
+      TypeError: if `rows` does not consist of mappings.
+
     Example:
       >>> first, second = {"step": 4, "seconds": 9}, {"step": 8, "seconds": 1}
       >>> columns_of([first, second])["seconds"]
       array([ 9., 10.])
     """
+    check_type("columns_of(rows)", "rows", rows, Iterable)
+    rows = list(rows)
+    for row in rows:
+        check_type("columns_of(rows)", "each row", row, Mapping)
     joined = _join_calls([flat_row(row) for row in rows])
     names = dict.fromkeys(name for row in joined for name in row)
     return {name: np.array([row.get(name, np.nan) for row in joined]) for name in names}

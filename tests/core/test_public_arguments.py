@@ -16,10 +16,6 @@ from harness.public_functions import (
 )
 
 
-# Packages whose functions have no rows yet, with the tests of their arguments.
-WITHOUT_ROWS = {"reporting": "tests/reporting"}
-
-
 def public_functions():
     """Yields the row names of all public functions."""
     seen = set()
@@ -67,7 +63,7 @@ def test_modules_of_the_table_are_all_public_packages():
         for path in (ROOT / "localsgd_jax").glob("*/__init__.py")
         if "__all__" in path.read_text()
     }
-    assert packages - WITHOUT_ROWS.keys() == MODULES.keys() - {"localsgd_jax"}
+    assert packages == MODULES.keys() - {"localsgd_jax"}
 
 
 @pytest.mark.parametrize("name", TABLE)

@@ -1,7 +1,9 @@
 """Table of the public functions with their valid arguments."""
 
 import functools
+import os
 import tempfile
+import unittest.mock
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +23,7 @@ from localsgd_jax import (
     execution,
     fault_tolerance,
     flax,
+    reporting,
     rules,
     schedules,
     theory,
@@ -38,6 +41,7 @@ MODULES = {
     "execution": execution,
     "fault_tolerance": fault_tolerance,
     "flax": flax,
+    "reporting": reporting,
     "rules": rules,
     "schedules": schedules,
     "theory": theory,
@@ -67,6 +71,8 @@ WORKLOAD = cost_model.Workload(2, 0.1, 1000)
 RULE = lsgd.average()
 OPTIMIZER = optax.sgd(0.1)
 ALGORITHM = lsgd.local_sgd(lambda w, b: (w - b) ** 2, OPTIMIZER, RULE)
+WRITER = unittest.mock.Mock()
+UNUSED = os.path.join(tempfile.gettempdir(), "unused.html")
 OPS = (analysis.CollectiveOp("all-reduce", ("f32",), 8, 8.0, ((0, 1),), ("worker",)),)
 
 
@@ -102,7 +108,7 @@ ON_MESH = {
     **{"algorithm": ALGORITHM, "mesh": mesh, "workers": 2, "worker_map": "vmap"},
     **{"axis": "worker", "batch_spec": None},
 }
-ON_MESH_ACCEPTS = {"workers": NONE, "batch_spec": NONE}
+ON_MESH_ACCEPTS = {"workers": NONE, "batch_spec": NONE, "worker_map": NONE}
 TRAIN = {
     "cluster": cluster,
     "state": state,
@@ -305,7 +311,7 @@ TABLE = {
     ),
     "simulate": (
         {"algorithm": ALGORITHM, "workers": 2, "axis": "worker", "worker_map": "vmap"},
-        {"axis": NAME},
+        {"axis": NAME, "worker_map": NONE},
     ),
     "on_mesh": (ON_MESH, ON_MESH_ACCEPTS),
     "execution.on_processes": (ON_MESH, ON_MESH_ACCEPTS),
@@ -537,6 +543,24 @@ TABLE = {
             **{"process_local": TRUTHS, "read_only": TRUTHS},
         },
     ),
+    # Reporting.
+    **{
+        f"reporting.{name}": ({"path": "unused"}, {"path": TEXTS})
+        for name in ("to_csv", "to_jsonl")
+    },
+    "reporting.to_run_directory": (
+        {"directory": tempfile.gettempdir(), "config": {}},
+        {"directory": TEXTS, "config": ("dict",)},
+    ),
+    "reporting.to_clu": ({"writer": WRITER}, {}),
+    "reporting.to_tensorboard": ({"writer": WRITER}, {}),
+    "reporting.to_wandb": ({"run": WRITER}, {}),
+    "reporting.columns_of": ({"rows": [{"step": 1}]}, {"rows": TEXTS[1:]}),
+    "reporting.read_run": ({"path": "unused"}, {"path": TEXTS}),
+    "reporting.write_report": (
+        {"runs": [reporting.Run("a", {}, {"step": np.ones(1)})], "path": UNUSED},
+        {"path": TEXTS},
+    ),
     "checkpoint.export_params": (
         {"directory": "unused", "tree": 1.0},
         {"directory": TEXTS, "tree": TREE},
@@ -562,6 +586,7 @@ TABLE = {
 } | adapter_functions.TABLE
 # Functions whose arguments are arbitrary, and those that other tests call.
 EXEMPT = {
+    "reporting.to_all": "any number of writers; tests/reporting/test_loggers.py",
     "assert_no_collectives": "arguments of the step; tests/analysis",
     "collective_ops": "arguments of the program; tests/analysis",
     "analysis.jaxpr_bytes_sent": "arguments of the function; tests/analysis",
@@ -584,6 +609,7 @@ EXEMPT_CLASSES = {
     **dict.fromkeys(("Algorithm", "Cluster"), "checked by the calls that take them"),
     **dict.fromkeys(("CorrectedWorkerState", "WorkerState"), "train states"),
     **dict.fromkeys(("RuleState", "State", "SyncContext"), MADE_BY_CALLS),
+    "reporting.Run": MADE_BY_CALLS,
     "SyncRule": "checked by the calls that take rules; tests/core/test_algorithm.py",
     **{
         f"analysis.{name}": MADE_BY_CALLS

@@ -272,7 +272,10 @@ class LearnerActor:
 
 
 def _next_receive(
-    program: Generator, answer: Answer | None, syncers: list, calls: dict[int, Any]
+    program: Generator[Any, Any, None],
+    answer: Answer | None,
+    syncers: list,
+    calls: dict[int, Any],
 ) -> Receive | None:
     """Runs the program of a learner up to its next wait.
 

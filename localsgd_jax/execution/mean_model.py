@@ -55,7 +55,7 @@ def consensus(state: State, field: str | Sequence[str] | None = "params") -> PyT
         check_names("consensus(field)", "field", field)
     fields = select_fields(state.workers, field)
     mean = arrays.local_replica(mean_over_workers(fields))
-    return restore_static(in_order(mean, field))
+    return in_order(restore_static(mean), field)
 
 
 @in_mesh_of_state
@@ -96,7 +96,7 @@ def common_model(
         return None
     if not bool(arrays.local_replica(_workers_are_equal(fields))):
         return None
-    return restore_static(in_order(arrays.local_replica(_first_rows(fields)), field))
+    return in_order(restore_static(arrays.local_replica(_first_rows(fields))), field)
 
 
 def select_fields(workers: PyTree, field: str | Sequence[str] | None) -> PyTree:

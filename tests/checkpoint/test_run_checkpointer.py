@@ -193,9 +193,7 @@ def test_invalid_arguments_raise(tmp_path, arguments, error, message):
 
 
 def test_processes_share_a_checkpoint_by_default(tmp_path, monkeypatch):
-    calls = []
-    monkeypatch.setattr(
-        run_checkpointer, "CheckpointStorage", lambda *options: calls.append(options)
-    )
+    make_storage = unittest.mock.Mock()
+    monkeypatch.setattr(run_checkpointer, "CheckpointStorage", make_storage)
     RunCheckpointer(tmp_path, lsgd.simulate(make_algorithm(), K))
-    assert calls == [(tmp_path, 3, False, False)]
+    make_storage.assert_called_once_with(tmp_path, 3, False, False)

@@ -1,6 +1,7 @@
 """Save and restore on the same number of workers."""
 
 import itertools
+import unittest.mock
 
 import jax
 import jax.numpy as jnp

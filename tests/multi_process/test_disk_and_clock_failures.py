@@ -106,6 +106,8 @@ def test_wall_clock_jumps_do_not_affect_training(tmp_path, monkeypatch, seconds)
     assert checkpoint_on_full_disk.latest_restorable(tmp_path) == 16
 
 
+# The writer that timed out may end after its event loop is closed.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_clock_that_jumps_by_days_keeps_complete_checkpoints(tmp_path, monkeypatch):
     """The jump exceeds the time limit of the writer."""
     checkpoint_on_full_disk.run(tmp_path, 8)

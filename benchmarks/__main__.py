@@ -58,6 +58,7 @@ SCRIPTS = """
 other measurements, each with its own options:
 
     python -m benchmarks.slow_link              time to a loss over slow links (root)
+    python -m benchmarks.slow_link.decoupled_nodes   the same on two Ray nodes (root)
     python -m benchmarks.rule_costs             bytes, state and time of every rule
     python -m benchmarks.simulation_throughput  simulated worker-steps per second
     python -m benchmarks.train_overhead         the training loop over a bare loop

@@ -157,8 +157,8 @@ def throughput(rows, slow, pause):
 
 def test_slow_learner_costs_less_than_a_tenth_of_the_throughput():
     """Steps sleep, so that their time does not depend on the load of the machine."""
-    found, pause, slow = {}, 0.15, 4
-    for name, quorum, steps in (("decoupled", 3, 1200), ("lockstep", 4, 320)):
+    found, pause, slow = {}, 0.25, 4
+    for name, quorum, steps in (("decoupled", 3, 800), ("lockstep", 4, 160)):
         settings = {"quorum": [quorum, 0.0], "pause": pause, "slow": {"3": slow}}
         with DecoupledProcess(learners=4, steps=steps, **settings) as job:
             job.end()

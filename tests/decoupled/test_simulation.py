@@ -356,7 +356,7 @@ def test_idle_learner_gets_the_round_of_a_lost_one():
         ({"overlap": 5}, r"Job\(overlap\)"),
         ({"overlap": 2, "exchanges": 2}, r"Job\(exchanges\)"),
         ({"params": {"w": jnp.zeros(3, int)}}, r"must be floating point"),
-        ({"field": "weights"}, r"Job\(field\): it must be one of params, opt_state"),
+        ({"field": "weights"}, r"Job\(field\): it must be one of params"),
         ({"merge": "immediate"}, r"Job\(merge\)"),
         ({"batches": None}, r"Job\(batches\)"),
         ({"outer": 0.7}, r"Job\(outer\)"),

@@ -51,7 +51,6 @@ class DecoupledMethod(NamedTuple):
 METHODS = {
     "decoupled, H = 16": DecoupledMethod(16),
     "decoupled, H = 16, overlapped": DecoupledMethod(16, 2, 8, 2),
-    "decoupled, H = 16, overlapped by 2 steps": DecoupledMethod(16, 2, 2, 2),
 }
 
 

@@ -272,6 +272,7 @@ def compare_with_synchronous(seeds, steps, timed=1, period=8, workers=4, slowdow
     return np.array(gaps[1:]), np.array(speeds[1 : timed + 1])
 
 
+@pytest.mark.full
 def test_convergence_matches_synchronous_run(record_property):
     gaps, speeds = compare_with_synchronous(range(5), steps=600)
     ratios = gaps[:, 1] / gaps[:, 0]

@@ -23,7 +23,7 @@ from localsgd_jax.checkpoint import RunCheckpointer
 from localsgd_jax.checkpoint.resize import resize_rows
 
 
-@pytest.mark.parametrize("workers", [1, in_full(3), 4, 12])
+@pytest.mark.parametrize("workers", [in_full(1), in_full(3), 4, in_full(12)])
 def test_restore_onto_other_number_of_workers(tmp_path, workers):
     old = save_with_eight_workers(tmp_path)
     devices = mesh(worker=4) if workers % 4 == 0 else mesh(worker=1)
@@ -68,6 +68,7 @@ def test_integers_are_copied_from_worker_0(workers):
     np.testing.assert_array_equal(resized, [[3, 4]] * workers)
 
 
+@pytest.mark.full
 def test_resized_workers_get_distinct_keys(tmp_path):
     save_with_eight_workers(tmp_path)
     for step, workers in ((6, 12), (7, 16)):
@@ -103,6 +104,7 @@ def test_unknown_reset_field_raises(tmp_path):
             )
 
 
+@pytest.mark.full
 def test_resize_keeps_data_order(tmp_path):
     seen, examples_seen = [], 0
     for workers, steps in ((8, 2), (3, 4), (5, 3)):

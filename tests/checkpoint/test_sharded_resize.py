@@ -102,6 +102,7 @@ def test_device_reads_its_part_of_each_row():
         assert shard[0] == 4 and np.prod(shard) * parts == np.prod(target.shape)
 
 
+@pytest.mark.full
 def test_rules_on_pieces_keep_the_axes_inside_a_worker(tmp_path):
     """The vectors of `flatten` are in the order of the devices of a worker."""
     rule = lsgd.flatten(lsgd.outer(optax.sgd(0.7, momentum=0.9), lsgd.average()))

@@ -59,6 +59,7 @@ def test_buckets_give_the_mean_of_each_leaf(rule, weights):
         assert cluster.bytes_sent(state) == cluster.bytes_sent(one_leaf)
 
 
+@pytest.mark.full
 def test_leaves_of_sharded_workers_stay_sharded():
     """Nothing is sent inside a worker, and each device keeps its piece."""
     devices = mesh(worker=4, fsdp=2)

@@ -319,6 +319,7 @@ def starts(text):
     return found
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("broken", ["0,1", in_full("2,3")])
 def test_repeatedly_failing_slot_is_excluded(capfd, broken):
     slots = ["0,1", "2,3", "4,5"]
@@ -441,6 +442,7 @@ DETACH = (
 )
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "number", keep([signal.SIGTERM, signal.SIGKILL], [signal.SIGKILL]), ids=str
 )

@@ -169,6 +169,7 @@ def test_default_layout_costs_less_than_a_unsplit_batch():
     assert sent < 0.2 * unsplit_sent
 
 
+@pytest.mark.full
 def test_layout_does_not_change_the_result():
     batches = [examples(2, 8, 3, WIDTH) for _ in range(4)]
     results = []

@@ -125,6 +125,7 @@ def train(cluster, start, batches, every=2):
     return state, np.stack(losses)
 
 
+@pytest.mark.full
 def test_linen_and_nnx_match():
     tx = optax.adam(0.01)
     start = linen_state(LinenCnn(), tx)
@@ -141,6 +142,7 @@ def test_linen_and_nnx_match():
     assert_close(right.batch_stats, dict(left.batch_stats), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("placement", keep(["mesh", "lanes", "lanes_map"], ["lanes"]))
 @pytest.mark.parametrize("kind", keep(["linen", "nnx"], ["nnx"]))
 def test_dropout_masks_differ_between_workers_not_placements(kind, placement):

@@ -218,7 +218,7 @@ def specs(tree):
     }
 
 
-@pytest.mark.parametrize("style", keep(CASES, ["linen_boxed", "nnx_param"]))
+@pytest.mark.parametrize("style", keep(CASES, ["linen_boxed"]))
 def test_shardings_are_kept(style, tmp_path):
     """Of parameters and moments, through all functions of a cluster."""
     build, sharded = CASES[style]

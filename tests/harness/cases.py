@@ -96,7 +96,7 @@ MAIN_PLACEMENT = "lanes"
 # the default selection runs these in the main placement.
 REPRESENTATIVE_RULES = (
     *("average", "momentum_rule", "when", "shard_state", "fragment", "quantize_8"),
-    *("top_k", "median", "drop_outliers", "gossip_one_peer", "control_variates"),
+    *("median", "control_variates"),
 )
 GATHER_AND_ALL_TO_ALL = ("all-gather", "all-to-all")
 RULES = {

@@ -2,6 +2,7 @@
 
 import numpy as np
 import optax
+import pytest
 from harness.process_jobs import run
 from programs.batch_layout_worker import (
     WORKERS,
@@ -13,6 +14,7 @@ from programs.batch_layout_worker import (
 import localsgd_jax as lsgd
 
 
+@pytest.mark.full
 def test_processes_transfer_the_shards_of_their_devices():
     """Workers inside a process, and workers that span both."""
     results = run("batch_layout_worker.py", 2)

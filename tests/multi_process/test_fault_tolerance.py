@@ -78,6 +78,7 @@ def last_row(job):
     return rows[-1]
 
 
+@pytest.mark.full
 def test_failure_in_one_process_is_retried_by_all():
     found = run("membership_worker.py", 3)
     assert [row["fail_once"] for row in found] == [2] * 3
@@ -347,6 +348,7 @@ def test_too_few_processes_save_and_exit(tmp_path):
     assert int(state.step) == row["step"]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "options",
     [

@@ -6,6 +6,7 @@ import pytest
 from harness.process_jobs import run
 
 
+@pytest.mark.full
 @pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="TCP counters are those of Linux"
 )

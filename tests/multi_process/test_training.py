@@ -139,6 +139,7 @@ def assert_same_coordination_error(rows, message):
     assert rows[0]["error"] == rows[1]["error"] and message in rows[0]["error"]
 
 
+@pytest.mark.full
 def test_other_program_raises_in_all_processes(failed):
     assert_same_coordination_error(failed[1]["rate"], "init(params): optimizer: ")
 

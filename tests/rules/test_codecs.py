@@ -26,8 +26,8 @@ from localsgd_jax.rules.codecs import (
 )
 
 
-@pytest.mark.parametrize("bits", keep(BITS, [4, 1]))
-@pytest.mark.parametrize("stochastic", [False, True])
+@pytest.mark.parametrize("bits", keep(BITS, [4]))
+@pytest.mark.parametrize("stochastic", [in_full(False), True])
 def test_integer_codec_round_trip(bits, stochastic):
     rng = np.random.default_rng(bits)
     x = rng.normal(size=(3, 64)).astype(np.float32) * [[1.0], [1e-3], [0.0]]

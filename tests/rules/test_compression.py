@@ -135,6 +135,7 @@ def test_top_k(weights):
         np.testing.assert_allclose(synced[i][1], weighted_mean(sent, w), atol=1e-6)
 
 
+@pytest.mark.full
 def test_top_k_of_parts_one_after_the_other(monkeypatch):
     """Equal numbers are selected in the order of their indices, as by one sort."""
     monkeypatch.setattr(compression, "_MIN_SORTED", 8)
@@ -153,6 +154,7 @@ SPLIT_RULES = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", keep(SPLIT_RULES, ["cast", "top_k"]))
 def test_large_trees_are_split_at_leaves(name, monkeypatch):
     """Rules without blocks give the same means for one vector and for several."""

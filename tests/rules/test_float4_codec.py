@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from harness.rule_arrays import K, N, random_rounds, sync_arrays
+from harness.selection import in_full
 
 import localsgd_jax as lsgd
 from localsgd_jax.rules.float4_codec import float4_codec
@@ -38,7 +39,7 @@ def test_codes_are_a_sign_and_a_level():
     assert payload.scales.shape == (1,) and float(payload.scales[0]) == 3
 
 
-@pytest.mark.parametrize("block", [8, 256])
+@pytest.mark.parametrize("block", [in_full(8), 256])
 def test_rounds_to_the_nearest(block):
     x = np.random.default_rng(0).standard_t(2, size=(3, 512))
     np.testing.assert_allclose(
@@ -52,6 +53,7 @@ def test_zeros_and_representable_numbers_are_exact():
     np.testing.assert_array_equal(round_trip(exact), exact)
 
 
+@pytest.mark.full
 def test_stochastic_rounding_is_unbiased():
     x = np.array([1.0, 0.7, 0.3, -0.01, 0.004, -0.6, 0.2, 0])
     draws = jax.vmap(lambda key: round_trip(x, 8, key, True))(jnp.arange(4000))

@@ -85,6 +85,7 @@ ACROSS_PODS = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("placement", [in_full("mesh"), "lanes", in_full("sharded")])
 @pytest.mark.parametrize("name", keep(ACROSS_PODS, ["quantize"]))
 @pytest.mark.parametrize(

@@ -77,7 +77,9 @@ def test_fused_round_matches_manual_loop(name, placement):
     assert_close(state, expected)
 
 
-@parametrize_rules("mesh", "lanes", reaches_consensus=True)
+@parametrize_rules(
+    "mesh", "lanes", main_rules=REPRESENTATIVE_RULES, reaches_consensus=True
+)
 def test_workers_are_equal_after_a_synchronisation(name, placement):
     tested = cluster(placement, name)
     state, _ = run_manually(tested, batches(3), lsgd.every(3))
@@ -109,7 +111,11 @@ def test_equal_weights_match_no_weights(name, placement, weight):
     assert_close(weighted, plain)
 
 
-@parametrize_rules("simulate", "mesh", "lanes", reaches_consensus=True)
+@parametrize_rules(
+    *("simulate", "mesh", "lanes"),
+    main_rules=REPRESENTATIVE_RULES,
+    reaches_consensus=True,
+)
 def test_worker_of_weight_zero_is_dropped_and_receives_the_result(name, placement):
     tested = cluster(placement, name)
     weight = np.ones(WORKERS, np.float32)
@@ -131,7 +137,7 @@ def test_worker_of_weight_zero_is_dropped_and_receives_the_result(name, placemen
             np.testing.assert_array_equal(leaf[3], leaf[0])
 
 
-@parametrize_rules("simulate", "lanes")
+@parametrize_rules("simulate", "lanes", main_rules=REPRESENTATIVE_RULES)
 def test_all_zero_weights_is_identity(name, placement):
     tested = cluster(placement, name)
     state, _ = run_manually(tested, batches(3), lsgd.every(2))

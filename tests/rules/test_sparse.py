@@ -96,6 +96,7 @@ def test_all_numbers_in_full_precision_are_the_mean():
     assert np.abs(state.local["params"].worker_error).max() == 0
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("k, chunk", [in_full(1, 1), in_full(5, 16), (64, 4096)])
 @pytest.mark.parametrize("quantized", [True, False])
 def test_messages_decode_to_their_positions(k, chunk, quantized):

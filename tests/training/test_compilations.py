@@ -70,7 +70,7 @@ def sharded_cluster(rule):
     "rule, rounds, programs",
     [
         (lsgd.average(), 6, 1),
-        (lsgd.diloco(), 6, 1),
+        in_full(lsgd.diloco(), 6, 1),
         (STREAMING, 8, 4),
         in_full(lsgd.overlap(lsgd.diloco()), 6, 1),
         in_full(lsgd.median(), 6, 1),

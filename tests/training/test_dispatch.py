@@ -7,6 +7,7 @@ import textwrap
 
 import numpy as np
 import optax
+import pytest
 from harness.cases import WORKERS, batches, cluster, loss_fn, network
 
 import localsgd_jax as lsgd
@@ -61,6 +62,7 @@ def test_several_processes_read_once_per_round():
     assert values(queue.pop_all()) == [3, 4]
 
 
+@pytest.mark.full
 def test_number_of_programs_is_bounded():
     traces = []
 
@@ -108,6 +110,7 @@ MANY_ROUNDS = """
 """
 
 
+@pytest.mark.full
 def test_many_rounds_do_not_starve_the_cpu():
     """Without NPROC, JAX 0.10 and 0.11 abort if 500 rounds are in flight."""
     environment = {

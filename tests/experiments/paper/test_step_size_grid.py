@@ -59,6 +59,7 @@ def test_grid_simulation_matches_library(examples):
     assert np.abs(outputs[:, 0] - outputs[:, 1]).max() > 1e-3
 
 
+@pytest.mark.full
 def test_period_one_matches_one_worker_with_all_examples(examples):
     sizes, results = step_sizes(EXPONENTS), []
     one_worker = step_size_grid.GridConfig(

@@ -195,6 +195,7 @@ def test_invalid_arguments_raise(tmp_path, arguments, error, message):
 
 def test_processes_share_a_checkpoint_by_default(tmp_path, monkeypatch):
     make_storage = unittest.mock.Mock()
+    make_storage.return_value.processes = (0,)
     monkeypatch.setattr(run_checkpointer, "CheckpointStorage", make_storage)
     RunCheckpointer(tmp_path, lsgd.simulate(make_algorithm(), K))
     make_storage.assert_called_once_with(tmp_path, 3, False, False)

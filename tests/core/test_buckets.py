@@ -39,6 +39,7 @@ def synchronise(cluster, params, weights):
     return sync(state, weights).workers["params"], text.count('"stablehlo.all_reduce"')
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("weights", [in_full(None), np.array([1, 2, 0, 0.5], "f4")])
 @pytest.mark.parametrize(
     "rule", [lsgd.average(), in_full(lsgd.diloco())], ids=["average", "diloco"]

@@ -121,6 +121,7 @@ def test_batch_curvature_matches_eigenvalues(examples, dimension):
         )
 
 
+@pytest.mark.full
 def test_batch_curvature_matches_hessian_at_zero():
     dataset = random_dataset()
     batch = dataset.features.toarray(), dataset.labels

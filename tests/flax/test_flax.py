@@ -245,6 +245,7 @@ def test_update_nnx_writes_consensus_into_model_and_optimizer():
     assert np.isfinite(metrics["loss"])
 
 
+@pytest.mark.full
 def test_nnx_jit_does_not_change_the_result():
     results = []
     for step in (nnx_step, nnx.jit(nnx_step)):

@@ -90,7 +90,7 @@ def momentum_rule(rate: float = 0.7, decay: float = 0.9) -> lsgd.SyncRule:
 FEW_PLACEMENTS = ("mesh", "lanes")
 # Rules that the default selection tests in every placement, and the placement in which
 # it tests every rule; the other pairs are marked `full`.
-FEW_RULES = ("average", "momentum_rule")
+FEW_RULES = ("momentum_rule",)
 MAIN_PLACEMENT = "lanes"
 # One rule for each kind of program: of the tests that compile a program of their own,
 # the default selection runs these in the main placement.

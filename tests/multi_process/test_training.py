@@ -144,6 +144,7 @@ def test_other_program_raises_in_all_processes(failed):
     assert_same_coordination_error(failed[1]["rate"], "init(params): optimizer: ")
 
 
+@pytest.mark.full
 def test_data_error_reaches_all_processes(failed):
     assert_data_error(failed[1]["unreadable"])
 

@@ -195,6 +195,7 @@ def test_bound_is_the_largest_period_that_its_shift_allows(variance, steps):
     assert all(allowed(x) < x for x in longer if x <= steps)
 
 
+@pytest.mark.full
 def test_known_mu(quick):
     args = [
         "--measure",

@@ -87,6 +87,7 @@ def test_curvature_of_logistic_regression():
     )
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("iterations", [5, 10, 20, 512])
 def test_unconverged_curvature_is_conservative(iterations):
     """Before convergence the interval contains all eigenvalues."""

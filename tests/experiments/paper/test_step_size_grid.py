@@ -94,6 +94,7 @@ def test_batches_are_sampled_with_replacement_from_all_examples(examples):
     assert 0.97 * len(distinct) < len(sampled) < len(distinct)
 
 
+@pytest.mark.full
 def test_samples_differ_between_steps_workers_and_seeds(examples):
     config = step_size_grid.GridConfig(workers=2, batch=50, seeds=2)
     batches = [

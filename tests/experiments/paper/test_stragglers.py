@@ -130,6 +130,7 @@ def test_small_experiment(tmp_path, digits_file):
     assert resumed[:7] == lines[:7] and len(resumed) == len(lines)
 
 
+@pytest.mark.full
 def test_unreached_target_is_reported(tmp_path, digits_file):
     config = CONFIG._replace(epsilon=1e-9, slowness=(4,), seeds=1)
     text = stragglers.run(tmp_path, config, digits_file)

@@ -43,6 +43,7 @@ def finished(tmp_path_factory, digits_file):
     return directory, text
 
 
+@pytest.mark.full
 def test_experiment_writes_table_speedups_and_figures(finished):
     directory, text = finished
     rows = read_csv(directory / "w8a.csv")

@@ -49,10 +49,8 @@ def _is_batched(
     """
     if worker_map is not None or not on_cpu:
         return worker_map != "map"
-    one_lane = jax.eval_shape(
-        lambda tree: jax.tree.map(lambda x: x[0], tree), (workers, batch)
-    )
-    return not convolves(step, *one_lane)
+    # The lanes below have the types of these, so that the step is traced once.
+    return not convolves(jax.vmap(step), workers, batch)
 
 
 def _unbatched_step(

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from localsgd_jax.core.types import PyTree, RuleMetrics, State
@@ -23,7 +24,7 @@ def metrics_by_name(metrics: PyTree, ndim: int) -> dict[str, jax.Array]:
       Leaves with another number of axes are omitted.
 
     Raises:
-      ValueError: if two metrics have one name.
+      ValueError: if two metrics have one name, or one is complex.
 
     Example:
       >>> import jax.numpy as jnp
@@ -37,6 +38,9 @@ def metrics_by_name(metrics: PyTree, ndim: int) -> dict[str, jax.Array]:
             name = jax.tree_util.keystr(path, simple=True, separator=".") or "loss"
             text = "every name must occur once"
             check(name not in named, "train_step: metrics", text, repr(name))
+            is_real = not jnp.issubdtype(leaf.dtype, jnp.complexfloating)
+            text = f"{name!r} must be real"
+            check(is_real, "train_step: metrics", text, leaf.dtype)
             named[name] = leaf
     return named
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from localsgd_jax.core.pytrees import is_key
 from localsgd_jax.core.types import PyTree
-from localsgd_jax.core.validation import check_int, check_type
+from localsgd_jax.core.validation import check, check_int, check_type, describe
 
 
 def split_batch(batch: PyTree, workers: int, *, drop_remainder: bool = False) -> PyTree:
@@ -19,7 +19,8 @@ def split_batch(batch: PyTree, workers: int, *, drop_remainder: bool = False) ->
     Args:
       batch: pytree. Arrays with leaves `(n, ...)` are split: of NumPy, JAX, PyTorch,
         TensorFlow, and others with `__array__` or `__dlpack__`. A PRNG key, typed or
-        raw, becomes a different key for each worker. Scalars are repeated.
+        raw, becomes a different key for each worker; a raw one is a `jax.Array`.
+        Scalars are repeated.
       workers: K.
       drop_remainder: whether to drop the last n mod K examples; otherwise K must divide
         n.
@@ -29,7 +30,8 @@ def split_batch(batch: PyTree, workers: int, *, drop_remainder: bool = False) ->
 
     Raises:
       TypeError: if an argument has the wrong type, or a leaf is no array.
-      ValueError: if K does not divide n, or no example is left.
+      ValueError: if K does not divide n, no example is left, or n differs between
+        arrays.
 
     Example:
       >>> import jax, numpy as np
@@ -39,15 +41,15 @@ def split_batch(batch: PyTree, workers: int, *, drop_remainder: bool = False) ->
     """
     workers = check_int("split_batch(workers)", "workers", workers, 1)
     check_type("split_batch(drop_remainder)", "drop_remainder", drop_remainder, bool)
+    lengths: dict[int, str] = {}
 
     def split(path: tuple, leaf: Any) -> Any:
         x = _to_array(path, leaf)
-        if isinstance(x, jax.Array) and is_key(x) and x.ndim == 0:
+        if isinstance(x, jax.Array) and _is_single_key(x):
             return jax.random.split(x, workers)
-        if x.shape == (2,) and x.dtype == np.uint32:
-            return jax.random.split(jnp.asarray(x), workers)
         if x.ndim == 0:
             return np.broadcast_to(x, (workers,))
+        lengths.setdefault(len(x), _name(path))
         size, remainder = divmod(len(x), workers)
         if size == 0 or (remainder and not drop_remainder):
             raise ValueError(
@@ -57,18 +59,34 @@ def split_batch(batch: PyTree, workers: int, *, drop_remainder: bool = False) ->
             )
         return x[: size * workers].reshape(workers, size, *x.shape[1:])
 
-    return jax.tree.map_with_path(split, batch)
+    parts = jax.tree.map_with_path(split, batch)
+    named = " and ".join(f"{n} in {name}" for n, name in lengths.items())
+    text = "all arrays must have the same number of examples"
+    check(len(lengths) < 2, "split_batch(batch)", text, named)
+    return parts
+
+
+def _is_single_key(x: jax.Array) -> bool:
+    """Returns whether an array is one PRNG key, typed or raw."""
+    is_typed = is_key(x) and x.ndim == 0
+    return is_typed or (x.shape == (2,) and x.dtype == np.uint32)
 
 
 def _to_array(path: tuple, leaf: Any) -> Any:
     """Converts an array of any library; raises unless it holds numbers or keys."""
     array = leaf if isinstance(leaf, jax.Array | np.ndarray) else _convert(leaf)
-    if array is None or getattr(array.dtype, "kind", "f") in "OSU":
+    if array is None or not _is_numeric(array.dtype):
         raise TypeError(
             f"split_batch(batch): the leaf {_name(path)} must be an array or a number, "
-            f"got {type(leaf).__name__}"
+            f"got {describe(leaf)}"
         )
     return array
+
+
+def _is_numeric(dtype: Any) -> bool:
+    """Returns whether JAX has arrays of a dtype: numbers, bools or keys."""
+    kinds = jnp.number, jnp.bool_, jax.dtypes.extended
+    return any(jnp.issubdtype(dtype, kind) for kind in kinds)
 
 
 def _convert(leaf: Any) -> Any:

@@ -14,7 +14,7 @@ import numpy as np
 from localsgd_jax.core.metrics import metrics_by_name, rule_metrics
 from localsgd_jax.core.predicates import checked_predicate
 from localsgd_jax.core.types import PyTree, State
-from localsgd_jax.core.validation import check
+from localsgd_jax.core.validation import check, check_number
 from localsgd_jax.distributed.background import submit_daemon
 from localsgd_jax.execution.process_local import merge_late_sync
 from localsgd_jax.fault_tolerance.history import (
@@ -238,7 +238,7 @@ def _round_weight(
       The weight; 0 for a round without steps.
 
     Raises:
-      ValueError: if there is no such metric.
+      ValueError: if there is no such metric, or the weight is out of range.
     """
     if not report.steps:
         return 0.0
@@ -246,7 +246,9 @@ def _round_weight(
     weights = weights or MetricWeights(count_metric(report.metrics) or "examples")
     text = f"{weights.metric!r} must be a metric with one number per worker"
     check(weights.metric in metrics, "train(weights)", text, sorted(metrics))
-    return float(weights(metrics[weights.metric] * report.steps, report.steps))
+    value = weights(metrics[weights.metric] * report.steps, report.steps)
+    call = f"train(weights): {weights}"
+    return float(check_number(call, "a weight", value, at_least=0, at_most=1e20))
 
 
 def _mean_metrics(metrics: PyTree, state: State) -> dict[str, float]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from localsgd_jax.core.validation import check, check_type
+from localsgd_jax.core.validation import check, check_type, describe
 from localsgd_jax.reporting.figure import import_plotly, make_figure
 from localsgd_jax.reporting.panels import DRIFT, WAITING, mean_of, panels_of
 from localsgd_jax.reporting.run_files import Run
@@ -38,7 +38,8 @@ def write_report(runs: Sequence[Run], path: str | os.PathLike) -> None:
     Raises:
       ImportError: if Plotly is not installed.
       TypeError: if `runs` has other elements, or `path` is no path.
-      ValueError: if there is no run, or a run has no column "step".
+      ValueError: if there is no run, a run has no column "step", its columns differ in
+        length or do not hold real numbers, or no run has other columns than "step".
       OSError: if the file cannot be written.
 
     Example:
@@ -57,10 +58,13 @@ def write_report(runs: Sequence[Run], path: str | os.PathLike) -> None:
         check_type(call, "each run", run, Run)
         named = repr(run.name)
         check("step" in run.columns, call, 'each run must have a column "step"', named)
+        _check_columns(call, run)
     check_type("write_report(path)", "path", path, str, os.PathLike)
     plotly = import_plotly("write_report")
-    runs = _with_distinct_names(runs)
-    figure = make_figure(plotly, runs, panels_of(runs))
+    runs, panels = _with_distinct_names(runs), panels_of(runs)
+    text = "a run must have numbers besides its steps"
+    check(panels, call, text, [run.name for run in runs])
+    figure = make_figure(plotly, runs, panels)
     drawn = plotly.io.to_html(
         figure,
         full_html=False,
@@ -69,6 +73,17 @@ def write_report(runs: Sequence[Run], path: str | os.PathLike) -> None:
         config={"displaylogo": False, "responsive": True},
     )
     Path(path).write_text(_page(runs, drawn), encoding="utf-8")
+
+
+def _check_columns(call: str, run: Run) -> None:
+    """Raises unless a run has a configuration and real columns of one length."""
+    check_type(call, "the configuration of a run", run.config, Mapping)
+    length = np.shape(run.columns["step"])
+    for name, column in run.columns.items():
+        is_real = np.asarray(column).dtype.kind in "biuf"
+        text = f"column {name!r} of {run.name!r} must have a real number per row"
+        holds = is_real and len(length) == 1 and np.shape(column) == length
+        check(holds, call, text, describe(column))
 
 
 def _page(runs: Sequence[Run], figure: str) -> str:

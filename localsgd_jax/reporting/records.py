@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from localsgd_jax.core.validation import check_type
+from localsgd_jax.core.validation import check, check_type
 from localsgd_jax.distributed.environment import package_version
 from localsgd_jax.reporting.rows import flat_row, json_row
 
@@ -22,7 +22,7 @@ def to_jsonl(path: str | os.PathLike) -> Writer:
     """Returns a function that appends rows to a file of JSON lines.
 
     The file is closed after each row, so an interruption loses no earlier row. A run
-    that is resumed continues the file.
+    that is resumed continues the file, without the last line if its end is missing.
 
     Args:
       path: the file. Its directory must exist.
@@ -43,6 +43,7 @@ def to_jsonl(path: str | os.PathLike) -> Writer:
       '{"step": 4, "round": 1, "loss": 0.5}\\n'
     """
     path = _checked_path("to_jsonl(path)", path)
+    _remove_incomplete_line(path)
 
     def append(row: Mapping[str, Any]) -> None:
         with open(path, "a", encoding="utf-8") as file:
@@ -56,7 +57,7 @@ def to_csv(path: str | os.PathLike) -> Writer:
 
     A column that first occurs in a later row, such as that of an evaluation, is added
     to the header, and the file is written again. A run that is resumed continues the
-    file.
+    file, without the last line if its end is missing.
 
     Args:
       path: the file. Its directory must exist.
@@ -77,6 +78,7 @@ def to_csv(path: str | os.PathLike) -> Writer:
       ['step,loss,error', '4,0.5,', '8,0.25,1']
     """
     path = _checked_path("to_csv(path)", path)
+    _remove_incomplete_line(path)
     stored = read_csv(path) if path.exists() else []
     names = [*stored[0]] if stored else []
 
@@ -134,9 +136,18 @@ def versions() -> dict[str, str]:
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """Returns the rows of a CSV file as text by column; empty for no value."""
+    """Returns the rows of a CSV file as text by column; empty for no value.
+
+    A last line without its end may be cut within a number, and is skipped.
+    """
     with open(path, newline="", encoding="utf-8") as file:
-        return [{k: v or "" for k, v in row.items()} for row in csv.DictReader(file)]
+        lines = file.readlines()
+    complete = [line for line in lines if line.endswith(("\n", "\r"))]
+    reader = csv.DictReader(complete)
+    names = list(reader.fieldnames or ())
+    text = "every column must have a name of its own"
+    check(len(set(names)) == len(names), str(path), text, names)
+    return [{k: v or "" for k, v in row.items()} for row in reader]
 
 
 def _write_csv(
@@ -148,6 +159,12 @@ def _write_csv(
         if has_header:
             writer.writeheader()
         writer.writerows(rows)
+
+
+def _remove_incomplete_line(path: Path) -> None:
+    """Cuts a file after its last complete line, as an interrupted write left it."""
+    if path.exists() and (content := path.read_bytes()):
+        os.truncate(path, content.rfind(b"\n") + 1)
 
 
 def _number_text(value: float) -> str:

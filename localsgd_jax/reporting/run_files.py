@@ -35,7 +35,7 @@ def read_run(path: str | os.PathLike) -> Run:
 
     Rows of several calls of `train` in one file become one run: the columns "seconds",
     "bytes" and "device_bytes" continue, and a run that was resumed from a checkpoint
-    replaces the rows after its step.
+    replaces the rows after its step. A last line that is incomplete is skipped.
 
     Args:
       path: directory with `history.jsonl` or `history.csv` and perhaps `config.json`,
@@ -60,10 +60,18 @@ def read_run(path: str | os.PathLike) -> Run:
     check_type("read_run(path)", "path", path, str, os.PathLike)
     path = Path(path)
     file = _history_file(path) if path.is_dir() else path
-    rows = _read_csv_rows(file) if file.suffix == ".csv" else _read_json_rows(file)
+    read_rows = _read_csv_rows if file.suffix == ".csv" else _read_json_rows
+    try:
+        rows = read_rows(file)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: the file must be text in UTF-8, {error}") from None
     if not rows:
         raise ValueError(f"{file}: the file must hold rows of a history, got none")
-    return Run(str(path), _read_config(path), columns_of(rows))
+    try:
+        columns = columns_of(rows)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    return Run(str(path), _read_config(path), columns)
 
 
 def columns_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, np.ndarray]:

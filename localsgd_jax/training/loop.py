@@ -31,6 +31,7 @@ from localsgd_jax.training.run_context import (
 )
 from localsgd_jax.training.saving import Saver
 from localsgd_jax.training.segments import segments
+from localsgd_jax.training.weight_check import WeightCheck
 
 
 @in_mesh_of_state
@@ -119,8 +120,9 @@ def train(
         batch shapes, if the batches of another process raise, or if one does not
         respond in time.
       ValueError: if an argument is out of range, a batch does not have K rows, there is
-        no metric of the name `weights`, the schedule is not deterministic, a metric has
-        the name of another column, or the state was donated.
+        no metric of the name `weights`, a weight by a metric is negative or not finite,
+        the schedule is not deterministic, a metric is complex or has the name of
+        another column, or the state was donated.
       TypeError: if an argument has the wrong type, or batches differ in structure.
 
     Example:
@@ -149,7 +151,10 @@ def train(
     in_flight = ResultQueue(context.is_multi_process)
     with progress_bar(context.is_primary and progress, steps, batches) as bar:
         evaluator = Evaluator(callbacks, context.processes, state)
-        outputs = RunOutputs(context, callbacks, evaluator, schedule, history, bar)
+        weight_check = WeightCheck(round_weights, context.round + 1)
+        outputs = RunOutputs(
+            context, callbacks, evaluator, schedule, history, weight_check, bar
+        )
         alike = dispatcher.round_programs.are_alike
         plan = segments(settings, context, callbacks, prefetcher.fill, alike)
         for segment in plan:
@@ -167,6 +172,7 @@ def train(
                 saver(state, examples, prefetcher.data_state)
         outputs.record(in_flight.pop_all(), state)
         if history.open_round:
+            weight_check.close_round()
             state, device_bytes = dispatcher.synchronize(state, history.round + 1)
             history.close_round(rule_metrics(state), device_bytes)
         outputs.evaluate(state)

@@ -10,6 +10,7 @@ from localsgd_jax.training.evaluation import Evaluator
 from localsgd_jax.training.history import HistoryRecorder, NonFiniteLossError
 from localsgd_jax.training.progress import ProgressBar
 from localsgd_jax.training.run_context import RunContext
+from localsgd_jax.training.weight_check import WeightCheck
 
 
 class RunOutputs:
@@ -25,6 +26,7 @@ class RunOutputs:
         evaluator: Evaluator,
         schedule: Callable,
         history: HistoryRecorder,
+        weight_check: WeightCheck,
         bar: ProgressBar,
     ) -> None:
         """Connects the history with callbacks, schedule and progress bar.
@@ -35,10 +37,11 @@ class RunOutputs:
           evaluator: evaluation of the mean model.
           schedule: an adaptive schedule is updated with the rows.
           history: rows of the run.
+          weight_check: check of the weights of each round.
           bar: progress bar.
         """
         self._callbacks, self._evaluator = callbacks, evaluator
-        self._history, self._bar = history, bar
+        self._history, self._weight_check, self._bar = history, weight_check, bar
         self._on_round_end = RowReporter(
             callbacks.on_round_end if context.is_primary else None
         )
@@ -54,13 +57,15 @@ class RunOutputs:
 
         Raises:
           NonFiniteLossError: if a loss is not finite; rows before it are reported.
+          ValueError: if a weight by a metric is out of range; all rows are reported.
         """
         rows = self._history.rows
         try:
             for result in results:
                 self._history.append_steps(result, state)
+                self._weight_check.append_steps(result)
                 self._bar.update(len(result.due), rows)
-        except NonFiniteLossError:
+        except (NonFiniteLossError, ValueError):
             self._on_round_end.report(rows)
             raise
         self._on_round_end.report(rows[:-1])

@@ -9,7 +9,13 @@ import jax
 from localsgd_jax.core.algorithm import Rules, from_train_step
 from localsgd_jax.core.step_arguments import from_arguments, num_batch_arguments
 from localsgd_jax.core.types import Algorithm, Cluster, PyTree, State
-from localsgd_jax.core.validation import check, check_type
+from localsgd_jax.core.validation import (
+    check,
+    check_int,
+    check_state,
+    check_type,
+    check_worker_axis,
+)
 from localsgd_jax.data.splitting import split_batch
 from localsgd_jax.distributed.meshes import worker_mesh
 from localsgd_jax.execution.placement import on_mesh
@@ -70,6 +76,7 @@ def parallelize(
       >>> lsgd.consensus(state)
       Array(1.5, dtype=float32)
     """
+    workers = check_int("parallelize(workers)", "workers", workers, 1)
     algorithm, start = _as_algorithm(train_step, train_state, rule)
     schedule = train_schedule(schedule)
     mesh = worker_mesh(workers, axis=axis) if mesh is None else mesh
@@ -107,6 +114,10 @@ def _split_and_run(
     cluster: Cluster, run: Callable, drop_remainder: bool, state: State, *batch: Any
 ) -> tuple[State, PyTree]:
     """Splits a batch over the workers and dispatches a step."""
+    # A donated array in a program of several devices can end the process.
+    check_state("step(state)", state)
+    check_worker_axis("step(state)", state.workers, cluster.num_workers)
+    check(batch, "step(*batch)", "at least one argument is needed", batch)
     single = batch[0] if len(batch) == 1 else batch
     parts = split_batch(single, cluster.num_workers, drop_remainder=drop_remainder)
     return run(state, cluster.shard_batch(parts))

@@ -125,6 +125,15 @@ class RoundWeights:
             return self.metric_weights or self._function
         return tuple(np.asarray(self._constant).tolist())
 
+    def by_metric(self, names: Iterable[str]) -> MetricWeights | None:
+        """Returns the weights by a metric for a training step; None for others.
+
+        Args:
+          names: names of the metrics of the training step.
+        """
+        name = count_metric(names) if self._counts else None
+        return MetricWeights(name) if name else self.metric_weights
+
     def given(self, first_round: int, count: int) -> np.ndarray | None:
         """Returns the weights of rounds by the user function, `(count, K)`, or None."""
         if self._function is None:
@@ -145,9 +154,8 @@ class RoundWeights:
         if self.metric_weights is None and not self._counts:
             return None
         named = metrics_by_name(metrics, ndim)
-        name = count_metric(named)
-        weights = self.metric_weights or (name and MetricWeights(name))
-        if not weights:
+        weights = self.by_metric(named)
+        if weights is None:
             return None
         values = _find_metric(named, weights)
         total = jnp.sum(values, axis=0, dtype=jnp.float32)
@@ -165,7 +173,10 @@ class RoundWeights:
         """
         if totals is not None:
             formula = self.metric_weights or (lambda total, steps: total)
-            return formula(totals.metric, totals.steps)
+            weights = formula(totals.metric, totals.steps)
+            text = "formula must return the weights"
+            check(weights is not None, "weighted_by(formula)", text, weights)
+            return weights
         return self._constant if given is None else given
 
     def fingerprint(self, first_round: int) -> str:

@@ -53,7 +53,20 @@ def test_the_remainder_raises_or_is_dropped():
         lsgd.split_batch(np.ones(3), 4, drop_remainder=True)
 
 
-@pytest.mark.parametrize("leaf", ["text", object(), np.array(["a"])])
+def test_arrays_of_different_lengths_raise():
+    message = r"same number of examples, got 8 in \['x'\] and 4 in \['y'\]"
+    with pytest.raises(ValueError, match=message):
+        lsgd.split_batch({"x": np.ones((8, 2)), "y": np.ones(4)}, 2)
+
+
+def test_two_labels_are_no_key():
+    labels = np.array([3, 5], np.uint32)
+    np.testing.assert_array_equal(lsgd.split_batch(labels, 2), [[3], [5]])
+
+
+@pytest.mark.parametrize(
+    "leaf", ["text", object(), np.array(["a"]), np.zeros(4, "M8[s]")]
+)
 def test_other_leaves_raise(leaf):
     with pytest.raises(TypeError, match=r"\['x'\] must be an array or a number"):
         lsgd.split_batch({"x": leaf}, 2)

@@ -146,3 +146,30 @@ def test_clu_writers(monkeypatch, caplog):
 def test_other_objects_raise(name):
     with pytest.raises(TypeError, match=rf"{name}\(\w+\): \w+ must have a method"):
         getattr(reporting, name)(object())
+
+
+@pytest.mark.parametrize(
+    "to_file, name, text",
+    [
+        (reporting.to_jsonl, "run.jsonl", '{"step": 1, "loss": 0.5}\n{"step": 2, "lo'),
+        (reporting.to_csv, "run.csv", "step,loss\n1,0.5\n2,0."),
+    ],
+)
+def test_a_cut_last_line_is_not_continued(to_file, name, text, tmp_path):
+    path = tmp_path / name
+    path.write_text(text)
+    np.testing.assert_array_equal(reporting.read_run(path).columns["loss"], [0.5])
+    write = to_file(path)
+    write({"step": 2, "loss": 0.25})
+    columns = reporting.read_run(path).columns
+    np.testing.assert_array_equal(columns["step"], [1, 2])
+    np.testing.assert_array_equal(columns["loss"], [0.5, 0.25])
+
+
+@pytest.mark.parametrize("to_file", [reporting.to_jsonl, reporting.to_csv])
+def test_rows_without_real_numbers_raise(to_file, tmp_path):
+    write = to_file(tmp_path / "file")
+    with pytest.raises(ValueError, match="'loss' must be a real number .* got 1j"):
+        write({"step": 1, "loss": 1j})
+    with pytest.raises(TypeError, match="row must be a mapping, got 3"):
+        write(3)

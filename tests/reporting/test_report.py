@@ -183,3 +183,31 @@ def test_several_calls_of_train_become_one_run(tmp_path):
     assert columns["step"].tolist() == [4, 8, 12, 16, 20]
     assert columns["seconds"].tolist() == [1, 2, 2.5, 2.75, 3]
     assert columns["bytes"].tolist() == [10, 20, 30, 40, 50]
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.csv", b"step,step\n1,2\n", "must have a name of its own"),
+        ("a.csv", b"\xff\xfe", "must be text in UTF-8"),
+        ("a.jsonl", b'{"step": 1' + b"0" * 400 + b"}\n", "'step' must be a real"),
+    ],
+)
+def test_files_without_rows_of_a_history_raise(name, content, message, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name}: .*{message}"):
+        read_run(path)
+
+
+@pytest.mark.parametrize(
+    "columns, message",
+    [
+        ({"step": np.ones(2)}, "must have numbers besides its steps"),
+        ({"step": np.ones(2), "loss": np.ones(3)}, "'loss' of 'a' must have a real"),
+        ({"step": np.ones(2), "loss": np.ones(2) * 1j}, "real number per row"),
+    ],
+)
+def test_runs_without_curves_raise(columns, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        write_report([Run("a", {}, columns)], tmp_path / "page.html")

@@ -81,3 +81,16 @@ def test_several_values_and_algorithms():
 def test_wrong_arguments_raise(arguments, options, message):
     with pytest.raises((TypeError, ValueError), match=message):
         lsgd.parallelize(*arguments, **{"workers": 2, "schedule": 1} | options)
+
+
+def test_wrong_states_and_batches_raise():
+    start = {"params": jnp.zeros(3)}
+    state, step = lsgd.parallelize(train_step, start, workers=2, schedule=1)
+    cluster = lsgd.simulate(lsgd.from_train_step(train_step), workers=4)
+    with pytest.raises(ValueError, match=r"step\(state\): .* must be the 2 workers"):
+        step(cluster.init(start), BATCHES[0])
+    with pytest.raises(ValueError, match=r"step\(\*batch\): at least one argument"):
+        step(state)
+    step(state, BATCHES[0])
+    with pytest.raises(ValueError, match=r"step\(state\): state must not be donated"):
+        step(state, BATCHES[1])

@@ -213,3 +213,36 @@ def test_invalid_arguments_of_weighted_by_raise():
     with pytest.raises(TypeError, match=r"weighted_by\(formula\)"):
         lsgd.weighted_by("tokens", 2)
     assert jax.tree.leaves(RoundWeights(None, 2).initial_totals()) == []
+
+
+def count_algorithm(count):
+    """Returns an algorithm with a step that reports `count(batch)` as tokens."""
+
+    def step(state, batch):
+        return {"params": state["params"] - batch}, {"tokens": count(batch)}
+
+    return lsgd.from_train_step(step)
+
+
+WRONG_COUNTS = [(np.nan, "nan"), (np.inf, "inf"), (-1.0, "-"), (1e38, ".*e")]
+
+
+@pytest.mark.parametrize(
+    "value, text", [WRONG_COUNTS[0], *(in_full(*case) for case in WRONG_COUNTS[1:])]
+)
+@pytest.mark.parametrize("steps", [2, in_full(1)])
+def test_wrong_weights_by_a_metric_raise(value, text, steps):
+    cluster = lsgd.simulate(count_algorithm(lambda batch: batch), workers=2)
+    batch, rows = np.float32([1, value]), []
+    with pytest.raises(
+        ValueError, match=r"weighted_by\('tokens'\) in round 2: a weight"
+    ):
+        lsgd.train(
+            cluster,
+            cluster.init({"params": 0.0}),
+            [np.ones(2, np.float32)] * 2 + [batch] * steps,
+            schedule=2,
+            on_round_end=rows.append,
+            progress=False,
+        )
+    assert [row["step"] for row in rows] == ([2, 4] if steps == 2 else [2])

@@ -3,6 +3,18 @@
 from mutation.mutant import Mutant
 
 MUTANTS = {
+    "does not check weights by a metric": Mutant(
+        "training/outputs.py",
+        "self._weight_check.append_steps(result)",
+        "pass",
+        "training/test_round_weights.py -k wrong_weights_by_a_metric",
+    ),
+    "dispatches a donated state": Mutant(
+        "training/parallel_step.py",
+        'check_state("step(state)", state)',
+        "pass",
+        "training/test_parallel_step.py -k wrong_states",
+    ),
     "forgets the metric of earlier dispatches of a round": Mutant(
         "training/round_weights.py",
         "RoundTotals(totals.metric + total,",

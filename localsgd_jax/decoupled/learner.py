@@ -6,7 +6,7 @@ event log or Ray carries out.
 
 import itertools
 import math
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +15,7 @@ import numpy as np
 
 from localsgd_jax.core.pytrees import promote, ravel
 from localsgd_jax.core.types import PyTree
+from localsgd_jax.core.validation import MAX_INT64, check_number, check_type
 from localsgd_jax.decoupled import events
 from localsgd_jax.decoupled.events import Reply
 from localsgd_jax.decoupled.fragments import Fragment, difference, join, split
@@ -209,10 +210,16 @@ def _train(
     work = _Work(
         len(batches),
         sum(count_examples(batch) for batch in batches),
-        sum(int(count_tokens(batch)) for batch in batches),
+        sum(_checked_count(count_tokens(batch)) for batch in batches),
         {name: np.asarray(value) for name, value in metrics.items()},
     )
     return progress._replace(train=train, work=(*progress.work, work))
+
+
+def _checked_count(tokens: Any) -> int:
+    """Returns the number of tokens of a batch; raises unless it is one."""
+    call, largest = "Job(tokens)", MAX_INT64
+    return int(check_number(call, "the count", tokens, at_least=0, at_most=largest))
 
 
 def _send(
@@ -321,7 +328,9 @@ class _BatchReader:
         """
         if lease != self._lease:
             if lease != self._next:
-                self._iterator: Iterator = iter(self._job.batches(self._learner, lease))
+                batches = self._job.batches(self._learner, lease)
+                check_type("Job(batches)", "its result", batches, Iterable)
+                self._iterator: Iterator = iter(batches)
             self._lease, self._next = lease, lease + self._job.every
         rows = list(itertools.islice(self._iterator, count))
         if len(rows) < count:

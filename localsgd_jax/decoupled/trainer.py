@@ -15,6 +15,7 @@ from localsgd_jax.core import train_state
 from localsgd_jax.core.metrics import metrics_by_name
 from localsgd_jax.core.pytrees import is_key, stack_leaves
 from localsgd_jax.core.types import Cluster, PyTree, State
+from localsgd_jax.core.validation import check_type, check_worker_axis
 from localsgd_jax.decoupled.job import Job
 from localsgd_jax.distributed import arrays
 from localsgd_jax.execution.mean_model import consensus
@@ -41,7 +42,9 @@ def make_trainer(job: Job) -> Trainer:
     """Makes the functions of a learner: of one worker, or of the cluster of the job."""
     if job.cluster is None:
         return _single_worker(job)
-    return _cluster(job, job.cluster(job.algorithm))
+    cluster = job.cluster(job.algorithm)
+    check_type("Job(cluster)", "its result", cluster, Cluster)
+    return _cluster(job, cluster)
 
 
 def _single_worker(job: Job) -> Trainer:
@@ -56,6 +59,8 @@ def _single_worker(job: Job) -> Trainer:
         return jax.lax.scan(job.algorithm.step, worker, batches)
 
     def steps(worker: PyTree, batches: list) -> tuple[PyTree, dict[str, jax.Array]]:
+        for batch in batches:
+            check_worker_axis("Job(batches)", batch, 1)
         rows = [jax.tree.map(lambda leaf: leaf[0], batch) for batch in batches]
         worker, metrics = scan(worker, stack_leaves(*rows))
         return worker, metrics_by_name(metrics, 1)

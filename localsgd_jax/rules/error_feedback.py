@@ -83,7 +83,7 @@ def compressed_mean(
     def apply(
         tree: PyTree, state: RuleState, context: SyncContext
     ) -> tuple[PyTree, RuleState]:
-        if not jax.tree.leaves(tree):
+        if not any(x.size for x in jax.tree.leaves(tree)):
             return tree, state
         any_active, _ = collectives.any_participants(context)
         active = collectives.is_active(context, axes)

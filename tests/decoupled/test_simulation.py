@@ -377,3 +377,25 @@ def test_cluster_of_two_workers_is_one_learner():
     job = make_job(batches=batches, cluster=on_two_devices, merge=decoupled.quorum(1))
     params, history = decoupled.simulate(job, decoupled.Clock(2))
     assert full_loss(params) < 0.62 and history["steps"][-1] == 160
+
+
+WRONG_RESULTS = {
+    "batches": (lambda learner, start: 3, "its result must be an iterable, got 3"),
+    "rows": (
+        lambda learner, start: itertools.repeat((np.ones((4, 3)), np.ones(4))),
+        "leading axis of every leaf must be the 1 workers, got shape",
+    ),
+    "tokens": (lambda batch: np.nan, r"the count must be in \[0, "),
+    "cluster": (lambda algorithm: None, "its result must be a Cluster, got None"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_RESULTS)
+def test_wrong_results_of_the_functions_of_a_job_raise(name):
+    function, message = WRONG_RESULTS[name]
+    argument = "batches" if name == "rows" else name
+    job = make_job(**{argument: function})
+    with pytest.raises(
+        (TypeError, ValueError), match=rf"Job\({argument}\): .*{message}"
+    ):
+        decoupled.simulate(job, decoupled.Clock(1))

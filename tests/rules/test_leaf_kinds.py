@@ -86,6 +86,13 @@ def test_leaves_of_size_zero(name, placement):
     assert_finite(state)
 
 
+def test_a_tree_of_size_zero():
+    rule = lsgd.chunked_top_k(lsgd.average(), 2, chunk=4)
+    cluster = lsgd.simulate(lsgd.from_train_step(lambda s, b: s, rule), workers=2)
+    state = cluster.sync(cluster.init({"params": {"a": jnp.zeros((0, 3))}}))
+    assert state.workers["params"]["a"].shape == (2, 0, 3)
+
+
 @parametrize_placements
 @parametrize_rules
 def test_python_floats(name, placement):

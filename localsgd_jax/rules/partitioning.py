@@ -14,7 +14,13 @@ from localsgd_jax.core.types import (
     SyncRule,
     states_by_name,
 )
-from localsgd_jax.core.validation import check, check_int, check_rule, check_type
+from localsgd_jax.core.validation import (
+    check,
+    check_int,
+    check_rule,
+    check_type,
+    describe,
+)
 from localsgd_jax.rules.combinators import identity, when
 from localsgd_jax.schedules import every
 
@@ -182,9 +188,14 @@ def _leaf_labels(
     if callable(labels):
         found = [str(labels(name)) for name in names]
     else:
-        found = jax.tree.leaves(jax.tree.broadcast(labels, tree))
+        try:
+            found = jax.tree.leaves(jax.tree.broadcast(labels, tree))
+        except ValueError:
+            text = f"labels must be a prefix of the tree with leaves {names}"
+            got = describe(labels)
+            raise ValueError(f"partition(labels): {text}, got {got}") from None
     for name, label in zip(names, found, strict=True):
-        text = f"the label of {name!r} must be one of {sorted(rules)}"
+        text = f"the label of {name!r} must be one of {sorted(rules, key=str)}"
         check(label in rules, "partition(labels)", text, repr(label))
     for label in rules:
         text = f"a leaf must have the label {label!r}"

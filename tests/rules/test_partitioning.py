@@ -215,3 +215,11 @@ def test_invalid_periods_of_desloc_raise():
         lsgd.desloc(second_moment=1.5)
     with pytest.raises(ValueError, match="a leaf must have the label 'first_moment'"):
         lsgd.simulate(algorithm(lsgd.desloc(), optax.sgd(0.1)), 2).init(network())
+
+
+def test_labels_that_are_no_prefix_and_mixed_names_raise():
+    tree, rules = {"a": jnp.zeros(2), "b": jnp.zeros(2)}, {"x": lsgd.average()}
+    with pytest.raises(ValueError, match=r"partition\(labels\): .* prefix .*'a', 'b'"):
+        lsgd.partition(rules, {"a": "x"}).init(tree)
+    with pytest.raises(ValueError, match=r"one of \[1, 'x'\], got 'z'"):
+        lsgd.partition({**rules, 1: lsgd.average()}, lambda path: "z").init(tree)

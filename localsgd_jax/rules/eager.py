@@ -13,6 +13,7 @@ from localsgd_jax.core.call_names import call_name
 from localsgd_jax.core.pytrees import promote, where
 from localsgd_jax.core.types import PyTree, RuleState, SyncContext, SyncRule
 from localsgd_jax.core.validation import check_optimizer, check_rule
+from localsgd_jax.rules.common_result import check_common_result
 
 
 class EagerState(NamedTuple):
@@ -62,6 +63,7 @@ def eager_outer(
     Raises:
       TypeError: if `optimizer` is not an optax optimizer or `reduce` not a rule; at
         `init`, for a leaf that is not floating point or complex.
+      ValueError: when traced, if workers differ after `reduce`.
 
     Example:
       >>> import optax
@@ -94,9 +96,11 @@ def eager_outer(
         delta = where(
             collectives.is_active(context), delta, jax.tree.map(jnp.zeros_like, delta)
         )
-        others, reduced = reduce.apply(
-            old.delta, RuleState(state.shared, old.reduce), active_context
+        reduce_state = RuleState(state.shared, old.reduce)
+        check_common_result(
+            "eager_outer(reduce)", reduce, old.delta, reduce_state, active_context
         )
+        others, reduced = reduce.apply(old.delta, reduce_state, active_context)
         shared = reduced.shared
         if context.weight is not None:
             # The weights of the active context are never all zero; see `outer`.

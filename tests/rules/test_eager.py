@@ -76,3 +76,10 @@ def test_invalid_arguments_raise():
         sync_tree(lsgd.eager_outer(NESTEROV), {"n": jnp.zeros(3, int)})
     name = lsgd.eager_outer(optax.identity()).name
     assert name == "eager_outer(optimizer=identity, reduce=average())"
+
+
+def test_rules_without_a_common_result_raise():
+    made = lsgd.eager_outer(optax.sgd(0.7), lsgd.identity())
+    cluster = lsgd.simulate(lsgd.from_train_step(lambda s, b: s, made), workers=2)
+    with pytest.raises(ValueError, match=r"eager_outer\(reduce\): .* got identity"):
+        cluster.sync(cluster.init({"params": jnp.zeros(2)}))

@@ -23,7 +23,7 @@ MUTANTS = {
     ),
     "batches the convolutions of lanes on CPUs": Mutant(
         "execution/lanes.py",
-        "return not convolves(step, *one_lane)",
+        "return not convolves(jax.vmap(step), workers, batch)",
         "return True",
         "execution/test_convolutions.py -k chosen",
     ),

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from localsgd_jax.core.pytrees import split_rows
 from localsgd_jax.core.types import PyTree
 
 BITS = (8, 4, 2, 1)
@@ -105,9 +104,11 @@ def split_tiles(vector: jax.Array, rows: int, multiple: int) -> jax.Array:
       <BLANKLINE>
              [[2, 0]]], dtype=int32)
     """
-    split = split_rows(vector, rows, multiple)
-    size = split.shape[-1]
-    return split.reshape(rows, -1, _LANES if size % _LANES == 0 else size)
+    # XLA:CPU pads a vector once for each use, but concatenates leaves and zeros once.
+    zeros = jnp.zeros(-vector.size % (rows * multiple), vector.dtype)
+    padded = jnp.concatenate([vector, zeros]) if zeros.size else vector
+    size = padded.size // rows
+    return padded.reshape(rows, -1, _LANES if size % _LANES == 0 else size)
 
 
 def float_codec(dtype: jax.typing.DTypeLike) -> Codec:

@@ -37,6 +37,7 @@ from localsgd_jax.rules.error_feedback import (
     weighted_or_zero,
 )
 from localsgd_jax.rules.float4_codec import float4_codec
+from localsgd_jax.rules.leaf_rows import read_row, write_row
 
 _MAX_SORTED_PARTS = 16
 _MIN_SORTED = 2**20
@@ -356,14 +357,15 @@ def _encoded_exchange(codec: Codec, seed: int, axes: MeanAxes) -> Callable:
         )
         chunk = total / safe_total(weights)
 
-        errors = split_tiles(server_error, count, multiple)
-        chunk = chunk + errors[index]
+        own_error = read_row(server_error, piece.sizes, index, chunk.size)
+        own_error = own_error.reshape(chunk.shape)
+        chunk = chunk + own_error
         encoded_chunk, error = encode(chunk, keys[1])
         if context.weight is not None:
-            error = jnp.where(jnp.sum(weights) > 0, error, errors[index])
-        errors = jnp.zeros_like(errors).at[index].set(error)
+            error = jnp.where(jnp.sum(weights) > 0, error, own_error)
+        errors = write_row(error.reshape(-1), piece.sizes, index)
         chunks = collectives.all_gather(encoded_chunk, context, axes)
-        results = decode(chunks, rows), worker_error, errors
-        return tuple(join_rows(x, vector.size) for x in results)
+        results = decode(chunks, rows), worker_error
+        return *(join_rows(x, vector.size) for x in results), errors
 
     return exchange

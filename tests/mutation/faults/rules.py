@@ -169,9 +169,21 @@ MUTANTS = {
     ),
     "forgets the server error": Mutant(
         "rules/compression.py",
-        "chunk = chunk + errors[index]",
-        "chunk = chunk + 0 * index",
+        "chunk = chunk + own_error\n",
+        "chunk = chunk + 0 * own_error\n",
         "rules/test_compression.py -k preserves_the_sum",
+    ),
+    "adds the server errors of all rows": Mutant(
+        "rules/leaf_rows.py",
+        "jnp.where(index == number, vector[start:stop], 0)",
+        "vector[start:stop]",
+        "rules/test_leaf_rows.py",
+    ),
+    "writes the server error to all rows": Mutant(
+        "rules/leaf_rows.py",
+        "jnp.where(index == number, own, 0)",
+        "own",
+        "rules/test_leaf_rows.py",
     ),
     "forgets the worker error": Mutant(
         "rules/error_feedback.py",

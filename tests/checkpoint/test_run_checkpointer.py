@@ -81,6 +81,7 @@ def test_resumed_run_is_bitwise_identical(tmp_path, placement, schedule):
     assert rest["evaluation"][-1] == last and rest["round"][-1] == history["round"][-1]
 
 
+@pytest.mark.full
 def test_restore_onto_other_placement(tmp_path):
     """Saved on one device and restored bitwise onto eight, four and two."""
     first = PLACEMENTS["simulate"](make_algorithm())

@@ -88,6 +88,7 @@ def test_leaves_of_sharded_workers_stay_sharded():
         assert x.sharding.is_equivalent_to(expected, x.ndim), name
 
 
+@pytest.mark.full
 def test_few_small_leaves_are_no_bucket():
     few = {name: x for name, x in tree().items() if name < "w13"}
     seen = []

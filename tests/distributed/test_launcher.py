@@ -261,6 +261,7 @@ def test_abort_of_a_process_does_not_end_a_process_0_that_works(capfd, serve):
     assert out == "[0] done\n" and "has not responded" not in err
 
 
+@pytest.mark.full
 def test_process_0_receives_reports_of_failures():
     """Of exits, and of a process that has been stopped for the grace period."""
     server = (

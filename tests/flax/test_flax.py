@@ -165,6 +165,7 @@ def test_dropout_masks_differ_between_workers_not_placements(kind, placement):
     assert len(np.unique(expected.round(6))) == 3 * K
 
 
+@pytest.mark.full
 def test_sync_every_step_with_sgd_matches_large_batch():
     """Without BatchNorm K workers with batch size 4 equal one with batch size 4 K."""
     start = linen_state(LinenCnn(has_batch_norm=False), optax.sgd(0.1))

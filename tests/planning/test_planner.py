@@ -147,6 +147,7 @@ def test_measured_workload(quick):
     assert link["bandwidth"] == pytest.approx(LINK.bandwidth)
 
 
+@pytest.mark.full
 def test_measured_constants_limit_the_period(quick):
     args = [
         "--measure",

@@ -158,6 +158,7 @@ def newton(features, labels, penalty):
     return x, value
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", keep(DATA, ["a9a"]))
 def test_constants_of_w8a_and_a9a(name):
     path = str(data_file(name))

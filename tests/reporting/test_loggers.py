@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+import time
 from unittest import mock
 
 import jax.numpy as jnp
@@ -119,9 +120,12 @@ def test_wandb_offline(tmp_path, monkeypatch):
         reporting.to_wandb(run)(row)
     run.finish()
     (path,) = tmp_path.rglob("run-*.wandb")
-    stored = path.read_bytes()
-    for text in (b"loss", b"0.25", b"accuracy", b"wait_seconds.0"):
-        assert text in stored
+    texts = (b"loss", b"0.25", b"accuracy", b"wait_seconds.0")
+    # Another process writes the file, perhaps after `finish` has returned.
+    deadline = time.monotonic() + 60
+    while not all(text in path.read_bytes() for text in texts):
+        assert time.monotonic() < deadline, path.read_bytes()
+        time.sleep(0.1)
 
 
 @pytest.mark.full

@@ -172,7 +172,7 @@ def train(
                 saver(state, examples, prefetcher.data_state)
         outputs.record(in_flight.pop_all(), state)
         if history.open_round:
-            weight_check.close_round()
+            outputs.check_open_round()
             state, device_bytes = dispatcher.synchronize(state, history.round + 1)
             history.close_round(rule_metrics(state), device_bytes)
         outputs.evaluate(state)

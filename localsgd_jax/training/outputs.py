@@ -70,6 +70,18 @@ class RunOutputs:
             raise
         self._on_round_end.report(rows[:-1])
 
+    def check_open_round(self) -> None:
+        """Checks the weights of the last round, which its steps do not close.
+
+        Raises:
+          ValueError: if a weight by a metric is out of range; all rows are reported.
+        """
+        try:
+            self._weight_check.close_round()
+        except ValueError:
+            self._on_round_end.report(self._history.rows)
+            raise
+
     def update_schedule(self, step: int) -> None:
         """Updates an adaptive schedule with the rows since its last update.
 

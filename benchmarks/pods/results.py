@@ -52,7 +52,7 @@ def versions(path: Path) -> str:
     return (
         f"{commands}: Python {found['python']}, JAX {found['jax']}, libtpu "
         f"{found['libtpu']}, {found['cores']} cores ({found['processor']}), load "
-        f"{found['load']} at the start."
+        f"{found['load']} at the start of the first."
     )
 
 

@@ -17,6 +17,7 @@ os.environ.setdefault("NPROC", "16")
 import jax
 import jax.numpy as jnp
 import numpy as np
+from harness.shards import local_rows
 
 import localsgd_jax as lsgd
 from localsgd_jax.checkpoint import RunCheckpointer
@@ -111,12 +112,6 @@ class Slow:
 
     def __getattr__(self, name):
         return getattr(self.batches, name)
-
-
-def local_rows(leaf):
-    """Returns the pieces of an array in this process, in the order of their indices."""
-    shards = sorted(leaf.addressable_shards, key=lambda shard: str(shard.index))
-    return np.concatenate([np.asarray(shard.data) for shard in shards])
 
 
 def main(directory, result, source, pause):

@@ -15,19 +15,12 @@ os.environ.setdefault("NPROC", "16")
 
 import jax
 import numpy as np
+from harness.shards import local_rows
 
 import localsgd_jax as lsgd
 from localsgd_jax.checkpoint import RunCheckpointer
 
 WORKERS = 8
-
-
-def local_rows(leaf):
-    """Returns the pieces of an array in this process, in the order of their indices."""
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        leaf = jax.random.key_data(leaf)
-    shards = sorted(leaf.addressable_shards, key=lambda shard: str(shard.index))
-    return np.concatenate([np.ravel(shard.data) for shard in shards])
 
 
 def main(directory, result, steps, pause):

@@ -10,11 +10,9 @@ and continues from there after an interruption, prints the table of
 `docs/guides/decoupled.md`, and exits with 1 if a guarantee was violated.
 """
 
-import argparse
 import collections
 import contextlib
 import itertools
-import json
 import os
 import pathlib
 import random
@@ -32,6 +30,7 @@ import jax
 from harness.decoupled_jobs import full_loss, make_job
 from harness.decoupled_processes import DecoupledProcess, is_running, parent
 from harness.paths import ROOT
+from stress.faults import markdown_table, num_faults, parse_options, run_jobs
 
 from localsgd_jax import decoupled
 
@@ -300,38 +299,21 @@ def table(records):
             values = [x for x in column if x is not None]
             median = values and statistics.median(values)
             rows[-1].append(f"{max(values):.1f} s ({median:.1f} s)" if values else "–")
-    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in rows)
+    return markdown_table(rows)
 
 
 def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--faults", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--minutes", type=float, default=60)
-    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
-    options = parser.parse_args()
-    records = []
-    if options.out.exists():
-        records = json.loads(options.out.read_text())["jobs"]
-    baseline, deadline = undisturbed_loss(), time.monotonic() + 60 * options.minutes
-
-    def count():
-        return sum(len(record["faults"]) for record in records)
-
-    while count() < options.faults and time.monotonic() < deadline:
-        record = run_job(options.seed + len(records), baseline)
-        records.append(record)
-        results = {"undisturbed_loss": baseline, "settings": SETTINGS, "jobs": records}
-        options.out.write_text(json.dumps(results, indent=1) + "\n")
-        print(count(), json.dumps(record), flush=True)
+    options, baseline = parse_options(RESULTS), undisturbed_loss()
+    about = {"undisturbed_loss": baseline, "settings": SETTINGS}
+    records = run_jobs(options, about, lambda seed: run_job(seed, baseline))
     print(table(records))
     violations = [record for record in records if record["violations"]]
     errors = [abs(record.get("loss", baseline) / baseline - 1) for record in records]
     print(
-        f"{len(records)} jobs, {count()} faults, {len(violations)} jobs with "
-        f"violations; losses within {100 * max(errors):.2f} % of {baseline:.4f}"
+        f"{len(records)} jobs, {num_faults(records)} faults, {len(violations)} jobs "
+        f"with violations; losses within {100 * max(errors):.2f} % of {baseline:.4f}"
     )
-    sys.exit(bool(violations) or count() < options.faults)
+    sys.exit(bool(violations) or num_faults(records) < options.faults)
 
 
 if __name__ == "__main__":

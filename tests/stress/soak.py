@@ -10,13 +10,10 @@ from there after an interruption, prints the table of `docs/guides/fault_toleran
 and exits with 1 if a guarantee was violated.
 """
 
-import argparse
 import collections
 import contextlib
 import itertools
-import json
 import os
-import pathlib
 import random
 import signal
 import statistics
@@ -39,6 +36,7 @@ from programs.fault_tolerant_worker import (
     evaluate,
     initial_params,
 )
+from stress.faults import markdown_table, num_faults, parse_options, run_jobs
 
 import localsgd_jax as lsgd
 from localsgd_jax.checkpoint import CheckpointError, RunCheckpointer
@@ -246,40 +244,23 @@ def table(records):
             f"{max(stalls)} s ({statistics.median(stalls):.1f} s)" if stalls else "–"
         )
         rows.append([*key, len(groups[key]), restarted, stall])
-    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in rows)
+    return markdown_table(rows)
 
 
 def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--faults", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--minutes", type=float, default=60)
-    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
-    options = parser.parse_args()
-    records = []
-    if options.out.exists():
-        records = json.loads(options.out.read_text())["jobs"]
-    baseline, deadline = fault_free_error(), time.monotonic() + 60 * options.minutes
+    options, baseline = parse_options(RESULTS), fault_free_error()
     about = {"fault_free_error": baseline, "settings": SETTINGS, "launch": OPTIONS}
-
-    def count():
-        return sum(len(record["faults"]) for record in records)
-
-    while count() < options.faults and time.monotonic() < deadline:
-        record = run_job(options.seed + len(records), baseline)
-        records.append(record)
-        options.out.write_text(json.dumps(about | {"jobs": records}, indent=1) + "\n")
-        print(count(), json.dumps(record), flush=True)
+    records = run_jobs(options, about, lambda seed: run_job(seed, baseline))
     print(table(records))
     violations = [record for record in records if record["violations"]]
     errors = [abs(record.get("error", baseline) / baseline - 1) for record in records]
     lost = [steps for record in records for steps in record["steps_lost"]]
     print(
-        f"{len(records)} jobs, {count()} faults, {len(lost)} restarts with at most "
-        f"{max(lost, default=0)} steps lost, {len(violations)} violations; errors "
-        f"within {100 * max(errors):.2f} % of {baseline:.4f}"
+        f"{len(records)} jobs, {num_faults(records)} faults, {len(lost)} restarts "
+        f"with at most {max(lost, default=0)} steps lost, {len(violations)} "
+        f"violations; errors within {100 * max(errors):.2f} % of {baseline:.4f}"
     )
-    sys.exit(bool(violations) or count() < options.faults)
+    sys.exit(bool(violations) or num_faults(records) < options.faults)
 
 
 if __name__ == "__main__":
